@@ -1,0 +1,993 @@
+#include "net/connection.h"
+
+#include <netinet/in.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+
+#include "grpc/inflate.h"
+#include "grpc/percent.h"
+#include "grpc/timeout.h"
+#include "infer/codec.h"
+#include "net/frontend.h"
+#include "net/io_thread.h"
+#include "serving/version.h"
+#include "util/clock.h"
+#include "util/live.h"
+
+namespace tidegate {
+namespace {
+
+constexpr std::string_view kInferPath = "/inference.GRPCInferenceService/ModelInfer";
+constexpr std::string_view kStreamInferPath = "/inference.GRPCInferenceService/ModelStreamInfer";
+constexpr std::string_view kAcceptEncoding = "identity,deflate,gzip";
+constexpr uint8_t kDrainPing[8] = {'d', 'r', 'a', 'i', 'n', 0, 0, 0};
+constexpr uint8_t kKeepalivePing[8] = {'a', 'l', 'i', 'v', 'e', 0, 0, 0};
+// Error texts on the wire: enough for any of ours, and a trailer block stays within a client's default 8 KiB.
+constexpr size_t kGrpcMessageMost = 1024;
+
+std::string_view View(const uint8_t* data, size_t size) { return {reinterpret_cast<const char*>(data), size}; }
+
+uint8_t* Bytes(std::string_view text) { return reinterpret_cast<uint8_t*>(const_cast<char*>(text.data())); }
+
+// A header whose name and value are static: nghttp2 need not copy them.
+nghttp2_nv StaticHeader(std::string_view name, std::string_view value) {
+  return {Bytes(name), Bytes(value), name.size(), value.size(),
+          NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE};
+}
+
+// A header whose value is ours for this call only: nghttp2 copies it.
+nghttp2_nv CopiedHeader(std::string_view name, std::string_view value) {
+  return {Bytes(name), Bytes(value), name.size(), value.size(), NGHTTP2_NV_FLAG_NONE};
+}
+
+constexpr std::array<std::string_view, 17> kStatusText = {"0", "1", "2",  "3",  "4",  "5",  "6",  "7", "8",
+                                                          "9", "10", "11", "12", "13", "14", "15", "16"};
+
+}  // namespace
+
+nghttp2_session_callbacks* Connection::MakeCallbacks() {
+  nghttp2_session_callbacks* callbacks = nullptr;
+  if (nghttp2_session_callbacks_new(&callbacks) != 0) return nullptr;
+  nghttp2_session_callbacks_set_on_begin_frame_callback(callbacks, OnBeginFrame);
+  nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, OnBeginHeaders);
+  nghttp2_session_callbacks_set_on_header_callback(callbacks, OnHeader);
+  nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, OnFrameRecv);
+  nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, OnDataChunk);
+  nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, OnStreamClose);
+  nghttp2_session_callbacks_set_on_frame_send_callback(callbacks, OnFrameSend);
+  nghttp2_session_callbacks_set_on_invalid_frame_recv_callback(callbacks, OnInvalidFrame);
+  return callbacks;
+}
+
+nghttp2_option* Connection::MakeOptions() {
+  nghttp2_option* option = nullptr;
+  if (nghttp2_option_new(&option) != 0) return nullptr;
+  // Closed streams are kept for the priority tree only, which we do not use.
+  nghttp2_option_set_no_closed_streams(option, 1);
+#ifdef TIDEGATE_HAVE_STREAM_RESET_RATE_LIMIT
+  // A lawful client whose deadlines expire under overload resets far more than the default 33 streams a second; a reset
+  // takes its work out of the queue and costs us some 10 us, so the work is what we bound.
+  nghttp2_option_set_stream_reset_rate_limit(option, 20'000, 10'000);
+#endif
+#ifdef TIDEGATE_HAVE_GLITCH_RATE_LIMIT
+  nghttp2_option_set_glitch_rate_limit(option, 10'000, 330);
+#endif
+  return option;
+}
+
+Connection::Connection(IoThread& io, int fd, uint32_t slot, uint32_t generation, std::string peer)
+    : io_(io),
+      fd_(fd),
+      slot_(slot),
+      generation_(generation),
+      peer_(std::move(peer)),
+      interest_(EPOLLIN),
+      opened_ns_(io.now_ns_),
+      heard_ns_(io.now_ns_),
+      progress_ns_(io.now_ns_),
+      idle_since_ns_(io.now_ns_) {
+  live::Add(live::Kind::kConnection, 1);
+  static nghttp2_session_callbacks* const callbacks = MakeCallbacks();
+  static nghttp2_option* const option = MakeOptions();
+  if (nghttp2_session_server_new2(&session_, callbacks, this, option) != 0) {
+    session_ = nullptr;
+    Die();
+    return;
+  }
+  const FrontendSettings& settings = io_.settings_;
+  const nghttp2_settings_entry entries[] = {
+      {NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, settings.max_streams},
+      {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, kStreamWindowBytes},
+      {NGHTTP2_SETTINGS_MAX_FRAME_SIZE, kMaxFrameBytes},
+      {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, kHeaderListBytes},
+  };
+  nghttp2_submit_settings(session_, NGHTTP2_FLAG_NONE, entries, std::size(entries));
+  nghttp2_session_set_local_window_size(session_, NGHTTP2_FLAG_NONE, 0, kConnectionWindowBytes);
+  if (settings.max_connection_age_ns > 0) {
+    // +-10 %, from the address space of slots and time, so that connections opened together do not end together.
+    const int64_t tenth = settings.max_connection_age_ns / 10;
+    const uint64_t mixed = (static_cast<uint64_t>(opened_ns_) ^ (uint64_t{slot_} << 20)) * 0x9E3779B97F4A7C15u;
+    age_limit_ns_ = settings.max_connection_age_ns - tenth + static_cast<int64_t>((mixed >> 33) % (2 * tenth + 1));
+  }
+  MarkDirty();
+  if (io_.draining_) BeginDrain();
+}
+
+Connection::~Connection() {
+  while (calls_) {
+    Call* call = calls_;
+    Abandon(call, Reason::kCancelled);
+    ReleaseCall(call);
+  }
+  if (session_) nghttp2_session_del(session_);
+  close(fd_);
+  live::Add(live::Kind::kConnection, -1);
+}
+
+void Connection::MarkDirty() {
+  if (dirty || dead_) return;
+  dirty = true;
+  io_.dirty_.push_back(this);
+}
+
+void Connection::Die() {
+  if (dead_) return;
+  dead_ = true;
+  epoll_ctl(io_.epoll_fd_, EPOLL_CTL_DEL, fd_, nullptr);
+  // Work of a connection that is gone is worth nothing: take it out of the queues now.
+  for (Call* call = calls_; call; call = call->list_next) {
+    Abandon(call, Reason::kCancelled);
+    if (call->slow) call->slow->Cancel();
+  }
+  io_.dying_.push_back(this);
+}
+
+Call* Connection::FindCall(int32_t stream_id) {
+  return static_cast<Call*>(nghttp2_session_get_stream_user_data(session_, stream_id));
+}
+
+// ---- reading ------------------------------------------------------------------------------------------------------
+
+void Connection::OnReadable() {
+  // A few reads a round, so that one fast sender does not starve the other connections of this thread.
+  for (int i = 0; i < 4; ++i) {
+    const ssize_t n = recv(fd_, io_.read_buffer_.data(), io_.read_buffer_.size(), 0);
+    if (n == 0) {
+      Die();
+      return;
+    }
+    if (n < 0) {
+      if (errno == EINTR) continue;
+      if (errno != EAGAIN && errno != EWOULDBLOCK) Die();
+      return;
+    }
+    heard_ns_ = io_.now_ns_;
+    io_.counters_.bytes_read.Add(static_cast<uint64_t>(n));
+    if (lingering_) continue;
+    const ssize_t used = nghttp2_session_mem_recv(session_, io_.read_buffer_.data(), static_cast<size_t>(n));
+    MarkDirty();
+    if (used < 0) {
+      // nghttp2 has queued a GOAWAY where the protocol asks for one; a peer that does not speak HTTP/2 gets nothing.
+      io_.counters_.protocol_errors.Add(1);
+      if (used != NGHTTP2_ERR_BAD_CLIENT_MAGIC) Flush();
+      Die();
+      return;
+    }
+    if (static_cast<size_t>(n) < io_.read_buffer_.size()) return;
+  }
+}
+
+int Connection::OnBeginFrame(nghttp2_session*, const nghttp2_frame_hd* hd, void* self) {
+  auto* connection = static_cast<Connection*>(self);
+  switch (hd->type) {
+    case NGHTTP2_DATA:
+      if (hd->length == 0 && !(hd->flags & NGHTTP2_FLAG_END_STREAM)) connection->Glitch();
+      break;
+    case NGHTTP2_HEADERS:
+    case NGHTTP2_RST_STREAM:
+    case NGHTTP2_WINDOW_UPDATE:
+    case NGHTTP2_CONTINUATION: break;
+    default: connection->Glitch(); break;  // PRIORITY, SETTINGS, PING, GOAWAY, PUSH_PROMISE, unknown types
+  }
+  return 0;
+}
+
+int Connection::OnBeginHeaders(nghttp2_session* session, const nghttp2_frame* frame, void* self) {
+  auto* connection = static_cast<Connection*>(self);
+  if (frame->hd.type != NGHTTP2_HEADERS || frame->headers.cat != NGHTTP2_HCAT_REQUEST) return 0;
+  Call* call = connection->io_.NewCall();
+  call->connection = connection;
+  call->stream_id = frame->hd.stream_id;
+  call->opened_ns = connection->io_.now_ns_;
+  call->list_next = connection->calls_;
+  if (connection->calls_) connection->calls_->list_prev = call;
+  connection->calls_ = call;
+  ++connection->n_calls_;
+  nghttp2_session_set_stream_user_data(session, frame->hd.stream_id, call);
+  return 0;
+}
+
+int Connection::OnHeader(nghttp2_session*, const nghttp2_frame* frame, const uint8_t* name, size_t name_size,
+                         const uint8_t* value, size_t value_size, uint8_t, void* self) {
+  auto* connection = static_cast<Connection*>(self);
+  Call* call = connection->FindCall(frame->hd.stream_id);
+  if (!call) return 0;
+  call->header_bytes += static_cast<uint32_t>(name_size + value_size + 32);
+  // Over the limit nothing more is kept; the call is refused when its headers end.
+  if (call->header_bytes > kHeaderListBytes) return 0;
+  if (frame->headers.cat != NGHTTP2_HCAT_REQUEST) return 0;  // request trailers: counted, not used
+  connection->HeaderOf(call, View(name, name_size), View(value, value_size));
+  return 0;
+}
+
+void Connection::HeaderOf(Call* call, std::string_view name, std::string_view value) {
+  if (name.starts_with(':')) {
+    if (name == ":path") {
+      call->has_path = true;
+      if (value == kInferPath) {
+        call->method = Method::kInfer;
+      } else if (value == kStreamInferPath) {
+        call->method = Method::kStreamInfer;
+      } else {
+        call->path = value;
+        if (const SlowMethod* slow = io_.frontend_.FindSlow(value)) {
+          call->method = slow->stream ? Method::kSlowStream : Method::kSlowUnary;
+          call->slow_lane = slow->lane;
+        }
+      }
+    } else if (name == ":method") {
+      call->is_post = value == "POST";
+    }
+    return;
+  }
+  switch (name.size()) {
+    case 2:
+      if (name == "te") call->has_te = value == "trailers";
+      break;
+    case 12:
+      if (name == "content-type") {
+        constexpr std::string_view kGrpc = "application/grpc";
+        call->content_type_ok = value.starts_with(kGrpc) && (value.size() == kGrpc.size() ||
+                                                             value[kGrpc.size()] == '+' || value[kGrpc.size()] == ';');
+        return;
+      }
+      if (name == "grpc-timeout") {
+        call->timeout_ns = ParseGrpcTimeout(value);
+        call->timeout_bad = call->timeout_ns < 0;
+        return;
+      }
+      break;
+    case 13:
+      if (name == "grpc-encoding") {
+        call->encoding = value == "identity"  ? Encoding::kIdentity
+                         : value == "gzip"    ? Encoding::kGzip
+                         : value == "deflate" ? Encoding::kDeflate
+                                              : Encoding::kUnknown;
+        return;
+      }
+      break;
+    case 17:
+      if (name == "triton_grpc_error") {
+        call->triton_grpc_error = value == "true";
+        return;
+      }
+      break;
+    default: break;
+  }
+  if (call->method == Method::kSlowUnary || call->method == Method::kSlowStream) {
+    call->metadata.emplace_back(std::string(name), std::string(value));
+  }
+}
+
+int Connection::OnFrameRecv(nghttp2_session* session, const nghttp2_frame* frame, void* self) {
+  auto* connection = static_cast<Connection*>(self);
+  switch (frame->hd.type) {
+    case NGHTTP2_HEADERS: {
+      Call* call = connection->FindCall(frame->hd.stream_id);
+      if (!call) return 0;
+      if (frame->headers.cat == NGHTTP2_HCAT_REQUEST) {
+        connection->HeadersDone(call);
+      } else if (call->header_bytes > kHeaderListBytes) {
+        connection->Finish(call, Status::Error(Reason::kMessageTooLarge, "request trailers are larger than 16 KiB"));
+      }
+      if (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) connection->RemoteClosed(call);
+      return 0;
+    }
+    case NGHTTP2_DATA:
+      if (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) {
+        if (Call* call = connection->FindCall(frame->hd.stream_id)) connection->RemoteClosed(call);
+      }
+      return 0;
+    case NGHTTP2_SETTINGS: connection->settings_seen_ = true; return 0;
+    case NGHTTP2_RST_STREAM: connection->io_.counters_.resets_received.Add(1); return 0;
+    case NGHTTP2_PING:
+      if (!(frame->hd.flags & NGHTTP2_FLAG_ACK)) {
+        connection->PingReceived();
+      } else if (std::memcmp(frame->ping.opaque_data, kDrainPing, 8) == 0 && connection->drain_ns_ != 0 &&
+                 connection->final_goaway_ns_ == 0) {
+        connection->final_goaway_ns_ = connection->io_.now_ns_;
+        nghttp2_submit_goaway(session, NGHTTP2_FLAG_NONE, nghttp2_session_get_last_proc_stream_id(session),
+                              NGHTTP2_NO_ERROR, nullptr, 0);
+      } else if (std::memcmp(frame->ping.opaque_data, kKeepalivePing, 8) == 0) {
+        connection->ping_sent_ns_ = 0;
+      }
+      return 0;
+    default: return 0;
+  }
+}
+
+int Connection::OnDataChunk(nghttp2_session*, uint8_t, int32_t stream_id, const uint8_t* data, size_t size,
+                            void* self) {
+  auto* connection = static_cast<Connection*>(self);
+  if (Call* call = connection->FindCall(stream_id)) connection->Data(call, data, size);
+  return 0;
+}
+
+int Connection::OnInvalidFrame(nghttp2_session*, const nghttp2_frame*, int, void* self) {
+  static_cast<Connection*>(self)->io_.counters_.protocol_errors.Add(1);
+  return 0;
+}
+
+void Connection::PingReceived() {
+  // gRPC's rule against floods: more than two pings closer than five minutes (two hours without a call) with nothing
+  // sent in between.
+  const int64_t now_ns = io_.now_ns_;
+  const int64_t gap_ns = n_calls_ > 0 ? kPingGapNs : INT64_C(7'200'000'000'000);
+  if (last_ping_ns_ != 0 && now_ns - last_ping_ns_ < gap_ns && ++ping_strikes_ > kPingStrikes) {
+    io_.counters_.ping_closes.Add(1);
+    Terminate(NGHTTP2_ENHANCE_YOUR_CALM, "too_many_pings");
+  }
+  last_ping_ns_ = now_ns;
+}
+
+void Connection::Glitch() {
+  if (glitches_.Take(io_.now_ns_)) return;
+  io_.counters_.glitch_closes.Add(1);
+  Terminate(NGHTTP2_ENHANCE_YOUR_CALM, "too many frames without effect");
+}
+
+void Connection::Terminate(uint32_t error_code, std::string_view debug) {
+  if (terminated_) return;
+  terminated_ = true;
+  nghttp2_submit_goaway(session_, NGHTTP2_FLAG_NONE, nghttp2_session_get_last_proc_stream_id(session_), error_code,
+                        Bytes(debug), debug.size());
+  nghttp2_session_terminate_session(session_, error_code);
+  MarkDirty();
+}
+
+// ---- a call -------------------------------------------------------------------------------------------------------
+
+void Connection::HeadersDone(Call* call) {
+  if (!call->has_te) io_.counters_.te_missing.Add(1);
+  if (call->header_bytes > kHeaderListBytes) {
+    Finish(call, Status::Error(Reason::kMessageTooLarge, "request headers are larger than 16 KiB"));
+    return;
+  }
+  if (!call->is_post) {
+    FinishHttp(call, 405);
+    return;
+  }
+  if (!call->content_type_ok) {
+    FinishHttp(call, 415);
+    return;
+  }
+  if (call->method == Method::kUnknown) {
+    Finish(call, Status::Error(Reason::kNotSupported, "unknown method " + call->path.substr(0, 256)));
+    return;
+  }
+  if (call->timeout_bad) {
+    Finish(call, Status::Error(Reason::kInternal,
+                               "malformed grpc-timeout: expected 1 to 8 digits and one of H, M, S, m, u, n"));
+    return;
+  }
+  if (call->timeout_ns >= 0) {
+    call->deadline_ns = io_.now_ns_ + call->timeout_ns;
+    if (call->timeout_ns == 0) {
+      Finish(call, Status::Error(Reason::kDeadlinePassed, "the deadline had passed when the call arrived"));
+      return;
+    }
+    io_.wheel_.Insert(call, call->deadline_ns);
+  }
+  call->accepting = true;
+  if (call->method == Method::kSlowUnary || call->method == Method::kSlowStream) {
+    call->slow = std::make_shared<SlowCall>(io_.outbox_, StreamRef{slot_, generation_, call->stream_id},
+                                            std::move(call->path), peer_, std::move(call->metadata));
+  }
+}
+
+void Connection::Data(Call* call, const uint8_t* data, size_t size) {
+  call->body_bytes += size;
+  while (size > 0 && call->accepting) {
+    if (call->prefix_have < 5) {
+      const size_t take = std::min<size_t>(size, 5u - call->prefix_have);
+      std::memcpy(call->prefix + call->prefix_have, data, take);
+      call->prefix_have = static_cast<uint8_t>(call->prefix_have + take);
+      data += take;
+      size -= take;
+      if (call->prefix_have < 5) return;
+      if (!PrefixDone(call)) return;
+    }
+    std::vector<std::byte>& body = call->receiving->body;
+    const size_t take = std::min<size_t>(size, call->message_bytes - body.size());
+    const auto* bytes = reinterpret_cast<const std::byte*>(data);
+    body.insert(body.end(), bytes, bytes + take);
+    io_.counters_.bytes_received.Add(take);
+    data += take;
+    size -= take;
+    if (body.size() == call->message_bytes) MessageDone(call);
+  }
+}
+
+bool Connection::PrefixDone(Call* call) {
+  const uint8_t flag = call->prefix[0];
+  call->message_bytes = (uint32_t{call->prefix[1]} << 24) | (uint32_t{call->prefix[2]} << 16) |
+                        (uint32_t{call->prefix[3]} << 8) | call->prefix[4];
+  const bool streams = call->method == Method::kStreamInfer || call->method == Method::kSlowStream;
+  if (!streams && call->messages > 0) {
+    Finish(call, Status::Error(Reason::kInternal, "a unary call carries one message; this one has a second"));
+    return false;
+  }
+  if (flag > 1) {
+    Finish(call, Status::Error(Reason::kInternal, "the compressed flag of a message is neither 0 nor 1"));
+    return false;
+  }
+  call->compressed = flag == 1;
+  if (call->compressed && call->encoding == Encoding::kIdentity) {
+    Finish(call, Status::Error(Reason::kInternal, "a compressed message without grpc-encoding"));
+    return false;
+  }
+  if (call->compressed && call->encoding == Encoding::kUnknown) {
+    call->trailers.emplace_back("grpc-accept-encoding", std::string(kAcceptEncoding));
+    Finish(call, Status::Error(Reason::kNotSupported,
+                               "message compression is not supported; use one of " + std::string(kAcceptEncoding)));
+    return false;
+  }
+  const uint32_t limit = io_.settings_.max_message_bytes;
+  if (call->message_bytes > limit) {
+    Finish(call, Status::Error(Reason::kMessageTooLarge, "message of " + std::to_string(call->message_bytes) +
+                                                             " bytes is larger than the limit of " +
+                                                             std::to_string(limit) + " bytes"));
+    return false;
+  }
+  if (!io_.budget_.Take(call->message_bytes)) {
+    Finish(call, Status::Error(Reason::kQueueFull, "the bytes of the requests in flight have reached their limit", 100));
+    return false;
+  }
+  call->receiving = io_.NewRequest();
+  call->receiving->charged_bytes = call->message_bytes;
+  call->receiving->body.reserve(call->message_bytes);
+  if (call->message_bytes == 0) MessageDone(call);
+  return call->accepting && call->receiving != nullptr;
+}
+
+void Connection::MessageDone(Call* call) {
+  Request* request = std::exchange(call->receiving, nullptr);
+  call->prefix_have = 0;
+  ++call->messages;
+  if (call->compressed) {
+    std::vector<std::byte>& opened = request->scratch;
+    const Status status = Inflate(request->body, io_.settings_.max_message_bytes, &opened);
+    if (!status.ok()) {
+      io_.Recycle(request);
+      Finish(call, status);
+      return;
+    }
+    const auto more = static_cast<int64_t>(opened.size());
+    if (!io_.budget_.Take(more)) {
+      io_.Recycle(request);
+      Finish(call,
+             Status::Error(Reason::kQueueFull, "the bytes of the requests in flight have reached their limit", 100));
+      return;
+    }
+    request->charged_bytes += more;
+    request->body.swap(opened);
+    opened.clear();
+  }
+  switch (call->method) {
+    case Method::kInfer:
+    case Method::kSlowUnary: call->complete = request; return;  // until END_STREAM proves it the only one
+    case Method::kStreamInfer: StartInfer(call, request); return;
+    case Method::kSlowStream: {
+      SlowEvent event{call->slow, SlowEvent::Kind::kMessage, std::move(request->body)};
+      request->body = {};
+      io_.Recycle(request);
+      if (!io_.frontend_.lane(call->slow_lane).Push(std::move(event))) {
+        Finish(call, Status::Error(Reason::kQueueFull, "too many calls are waiting; try again", 1000));
+      }
+      return;
+    }
+    case Method::kUnknown: io_.Recycle(request); return;
+  }
+}
+
+void Connection::RemoteClosed(Call* call) {
+  call->remote_closed = true;
+  if (!call->accepting) return;
+  call->accepting = false;
+  if (call->prefix_have != 0 || call->receiving) {
+    Finish(call, Status::Error(Reason::kInternal, "the stream ended inside a message"));
+    return;
+  }
+  switch (call->method) {
+    case Method::kInfer:
+    case Method::kSlowUnary: {
+      if (!call->complete) {
+        Finish(call, Status::Error(Reason::kInternal, "a unary call carries one message; this one has none"));
+        return;
+      }
+      Request* request = std::exchange(call->complete, nullptr);
+      if (call->method == Method::kInfer) {
+        StartInfer(call, request);
+        return;
+      }
+      SlowEvent event{call->slow, SlowEvent::Kind::kMessage, std::move(request->body)};
+      request->body = {};
+      io_.Recycle(request);
+      if (!io_.frontend_.lane(call->slow_lane).Push(std::move(event))) {
+        Finish(call, Status::Error(Reason::kQueueFull, "too many calls are waiting; try again", 1000));
+      }
+      return;
+    }
+    case Method::kStreamInfer: FinishStreamIfDone(call); return;
+    case Method::kSlowStream:
+      io_.frontend_.lane(call->slow_lane).Push({call->slow, SlowEvent::Kind::kHalfClose, {}});
+      return;
+    case Method::kUnknown: return;
+  }
+}
+
+void Connection::StartInfer(Call* call, Request* request) {
+  request->times.arrived_ns = io_.now_ns_;
+  request->stream = {slot_, generation_, call->stream_id};
+  request->in_stream = call->method == Method::kStreamInfer;
+  request->due_ns = call->deadline_ns;
+  ParsedRequest& parsed = io_.parsed_;
+  const std::string_view body(reinterpret_cast<const char*>(request->body.data()), request->body.size());
+  Version* version = nullptr;
+  Status status = ParseInferRequest(body, &parsed);
+  if (status.ok()) status = io_.table_->Resolve(parsed.model_name, parsed.model_version, &version);
+  if (status.ok()) status = CheckInferRequest(parsed, version->spec(), request);
+  // The call's chain holds every request of it until its answer is out.
+  (call->requests_tail ? call->requests_tail->call_next : call->requests_head) = request;
+  call->requests_tail = request;
+  if (status.ok()) {
+    io_.Enqueue(version, request);
+    return;
+  }
+  request->id = parsed.id;
+  if (version) io_.CountRefusal(version, request, status.reason);
+  if (request->in_stream && status.reason != Reason::kMalformedMessage) {
+    EncodeStreamError(parsed.model_name, parsed.model_version, request->id, status.message, &request->reply);
+  }
+  request->status = std::move(status);
+  request->done = true;
+  Deliver(call);
+}
+
+void Connection::Abandon(Call* call, Reason reason) {
+  for (Request* request = call->requests_head; request;) {
+    Request* next = std::exchange(request->call_next, nullptr);
+    if (request->done) {
+      io_.Recycle(request);  // counted already; it only waited for its turn
+    } else {
+      request->abandoned = reason;
+      io_.ready_.clear();
+      if (request->version->queue().Remove(request, &io_.ready_)) {
+        io_.DropAbandoned(request);
+      } else {
+        request->cancelled.store(true, std::memory_order_relaxed);
+      }
+      for (Request* ready : io_.ready_) {
+        RequestList one;
+        one.PushBack(ready);
+        ready->home->PostDone(&one);
+      }
+    }
+    request = next;
+  }
+  call->requests_head = call->requests_tail = nullptr;
+}
+
+void Connection::OnDeadline(Call* call) {
+  io_.counters_.deadline_expired.Add(1);
+  Abandon(call, Reason::kDeadlinePassed);
+  Finish(call, Status::Error(Reason::kDeadlinePassed, "the deadline of the call passed before its answer was ready"));
+  MarkDirty();
+}
+
+// ---- answering ----------------------------------------------------------------------------------------------------
+
+void Connection::Deliver(Call* call) {
+  MarkDirty();
+  // Answers leave in the order of their requests; one that is ready early waits here.
+  while (call->requests_head && call->requests_head->done) {
+    Request* ready = call->requests_head;
+    call->requests_head = ready->call_next;
+    if (!call->requests_head) call->requests_tail = nullptr;
+    ready->call_next = nullptr;
+    QueueReply(call, ready);
+  }
+  if (call->method == Method::kStreamInfer) FinishStreamIfDone(call);
+}
+
+void Connection::QueueReply(Call* call, Request* request) {
+  if (call->finishing || call->answered) {  // an earlier error has ended the call
+    io_.Recycle(request);
+    return;
+  }
+  const bool has_version = request->version != nullptr;
+  if (!request->status.ok()) {
+    const bool in_band = call->method == Method::kStreamInfer && !call->triton_grpc_error &&
+                         request->status.reason != Reason::kMalformedMessage;
+    if (!in_band) {
+      const Status status = std::move(request->status);
+      if (has_version) call->model_version = request->version->spec().version;
+      io_.Recycle(request);
+      Finish(call, status);
+      return;
+    }
+    if (has_version) {  // otherwise it was refused at the door and has its answer already
+      const ModelSpec& spec = request->version->spec();
+      EncodeStreamError(spec.name, spec.version, request->id, request->status.message, &request->reply);
+    }
+  }
+  if (has_version) call->model_version = request->version->spec().version;
+  // The body is not needed any more, the reply is: charge what is really held.
+  const auto held = static_cast<int64_t>(request->reply.size());
+  io_.budget_.Force(held);
+  io_.budget_.Return(request->charged_bytes);
+  request->charged_bytes = held;
+  if (call->replies.empty()) ++n_replying_;
+  call->replies.PushBack(request);
+  if (call->method == Method::kInfer) {
+    call->finishing = true;
+    call->grpc_status = 0;
+    io_.wheel_.Remove(call);
+  }
+  SendReplies(call);
+}
+
+void Connection::SendReplies(Call* call) {
+  if (!call->headers_sent) {
+    call->headers_sent = true;
+    static const nghttp2_nv headers[] = {StaticHeader(":status", "200"),
+                                         StaticHeader("content-type", "application/grpc")};
+    nghttp2_data_provider provider{};
+    provider.source.ptr = call;
+    provider.read_callback = ReadReply;
+    nghttp2_submit_response(session_, call->stream_id, headers, std::size(headers), &provider);
+  } else if (call->deferred) {
+    call->deferred = false;
+    nghttp2_session_resume_data(session_, call->stream_id);
+  }
+  MarkDirty();
+}
+
+ssize_t Connection::ReadReply(nghttp2_session*, int32_t, uint8_t* to, size_t size, uint32_t* flags,
+                              nghttp2_data_source* source, void* self) {
+  auto* connection = static_cast<Connection*>(self);
+  auto* call = static_cast<Call*>(source->ptr);
+  size_t written = 0;
+  while (Request* request = call->replies.head()) {
+    const size_t take = std::min(size - written, request->reply.size() - call->reply_offset);
+    std::memcpy(to + written, request->reply.data() + call->reply_offset, take);
+    written += take;
+    call->reply_offset += take;
+    if (call->reply_offset < request->reply.size()) return static_cast<ssize_t>(written);
+    call->replies.PopFront();
+    call->reply_offset = 0;
+    connection->io_.Recycle(request);
+    if (call->replies.empty()) --connection->n_replying_;
+  }
+  if (call->finishing) {
+    *flags |= NGHTTP2_DATA_FLAG_EOF | NGHTTP2_DATA_FLAG_NO_END_STREAM;
+    connection->SubmitTrailers(call);
+    return static_cast<ssize_t>(written);
+  }
+  if (written > 0) return static_cast<ssize_t>(written);
+  call->deferred = true;
+  return NGHTTP2_ERR_DEFERRED;
+}
+
+void Connection::SubmitTrailers(Call* call) {
+  call->answered = true;
+  std::array<nghttp2_nv, 16> headers;
+  size_t n = 0;
+  headers[n++] = StaticHeader("grpc-status", kStatusText[static_cast<size_t>(call->grpc_status)]);
+  std::string pushback;
+  if (!call->grpc_message.empty()) headers[n++] = CopiedHeader("grpc-message", call->grpc_message);
+  if (call->pushback_ms >= 0) {
+    pushback = std::to_string(call->pushback_ms);
+    headers[n++] = CopiedHeader("grpc-retry-pushback-ms", pushback);
+  }
+  if (!call->model_version.empty()) headers[n++] = CopiedHeader("x-model-version", call->model_version);
+  for (const auto& [name, value] : call->trailers) {
+    if (n < headers.size()) headers[n++] = CopiedHeader(name, value);
+  }
+  nghttp2_submit_trailer(session_, call->stream_id, headers.data(), n);
+}
+
+void Connection::SubmitTrailersOnly(Call* call) {
+  call->answered = true;
+  call->headers_sent = true;
+  std::array<nghttp2_nv, 16> headers;
+  size_t n = 0;
+  headers[n++] = StaticHeader(":status", "200");
+  headers[n++] = StaticHeader("content-type", "application/grpc");
+  headers[n++] = StaticHeader("grpc-status", kStatusText[static_cast<size_t>(call->grpc_status)]);
+  std::string pushback;
+  if (!call->grpc_message.empty()) headers[n++] = CopiedHeader("grpc-message", call->grpc_message);
+  if (call->pushback_ms >= 0) {
+    pushback = std::to_string(call->pushback_ms);
+    headers[n++] = CopiedHeader("grpc-retry-pushback-ms", pushback);
+  }
+  if (!call->model_version.empty()) headers[n++] = CopiedHeader("x-model-version", call->model_version);
+  for (const auto& [name, value] : call->trailers) {
+    if (n < headers.size()) headers[n++] = CopiedHeader(name, value);
+  }
+  nghttp2_submit_response(session_, call->stream_id, headers.data(), n, nullptr);
+}
+
+void Connection::Finish(Call* call, const Status& status) {
+  FinishWith(call, GrpcStatus(status.reason), status.message, status.pushback_ms);
+}
+
+void Connection::FinishWith(Call* call, int grpc_status, std::string_view message, int32_t pushback_ms) {
+  if (call->finishing || call->answered) return;
+  call->finishing = true;
+  call->accepting = false;
+  call->grpc_status = grpc_status;
+  call->grpc_message = PercentEncode(message.substr(0, kGrpcMessageMost));
+  call->pushback_ms = pushback_ms;
+  io_.wheel_.Remove(call);
+  if (Request* request = std::exchange(call->receiving, nullptr)) io_.Recycle(request);
+  if (Request* request = std::exchange(call->complete, nullptr)) io_.Recycle(request);
+  if (call->requests_head) Abandon(call, Reason::kCancelled);
+  if (call->headers_sent) {
+    SendReplies(call);
+  } else {
+    SubmitTrailersOnly(call);
+  }
+  MarkDirty();
+}
+
+void Connection::FinishHttp(Call* call, int http_status) {
+  io_.counters_.http_refusals.Add(1);
+  call->finishing = call->answered = call->headers_sent = true;
+  call->accepting = false;
+  const nghttp2_nv wrong_type[] = {StaticHeader(":status", "415"), StaticHeader("accept-post", "application/grpc")};
+  const nghttp2_nv wrong_method[] = {StaticHeader(":status", "405"), StaticHeader("allow", "POST")};
+  nghttp2_submit_response(session_, call->stream_id, http_status == 415 ? wrong_type : wrong_method, 2, nullptr);
+  MarkDirty();
+}
+
+void Connection::FinishStreamIfDone(Call* call) {
+  if (!call->remote_closed || call->requests_head || call->finishing) return;
+  FinishWith(call, 0, {}, -1);
+}
+
+void Connection::DeliverMail(Call* call, Mail* mail) {
+  MarkDirty();
+  if (call->finishing || call->answered) return;
+  if (mail->kind == Mail::Kind::kMessage) {
+    Request* holder = io_.NewRequest();
+    holder->reply.swap(mail->message);
+    holder->charged_bytes = static_cast<int64_t>(holder->reply.size());
+    io_.budget_.Force(holder->charged_bytes);
+    if (call->replies.empty()) ++n_replying_;
+    call->replies.PushBack(holder);
+    // A unary answer and its status come together: they leave in one piece.
+    if (call->method == Method::kSlowStream) SendReplies(call);
+    return;
+  }
+  call->trailers = std::move(mail->trailers);
+  if (!call->headers_sent && !call->replies.empty()) {
+    call->finishing = true;
+    call->accepting = false;
+    call->grpc_status = mail->grpc_status;
+    call->grpc_message = PercentEncode(std::string_view(mail->grpc_message).substr(0, kGrpcMessageMost));
+    io_.wheel_.Remove(call);
+    SendReplies(call);
+    return;
+  }
+  FinishWith(call, mail->grpc_status, mail->grpc_message, -1);
+}
+
+int Connection::OnFrameSend(nghttp2_session* session, const nghttp2_frame* frame, void* self) {
+  auto* connection = static_cast<Connection*>(self);
+  switch (frame->hd.type) {
+    case NGHTTP2_DATA: connection->ping_strikes_ = 0; return 0;
+    case NGHTTP2_HEADERS: {
+      connection->ping_strikes_ = 0;
+      if (!(frame->hd.flags & NGHTTP2_FLAG_END_STREAM)) return 0;
+      Call* call = connection->FindCall(frame->hd.stream_id);
+      // Answered before the peer had sent all: tell it to stop.
+      if (call && !call->remote_closed) {
+        nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, frame->hd.stream_id, NGHTTP2_NO_ERROR);
+      }
+      return 0;
+    }
+    case NGHTTP2_RST_STREAM:
+      switch (frame->rst_stream.error_code) {
+        case NGHTTP2_NO_ERROR:
+        case NGHTTP2_CANCEL:
+        case NGHTTP2_REFUSED_STREAM: return 0;
+        default: break;
+      }
+      // A peer that makes us reset streams by provoking errors gets work done for nothing.
+      if (!connection->bad_resets_.Take(connection->io_.now_ns_)) {
+        connection->io_.counters_.glitch_closes.Add(1);
+        connection->Terminate(NGHTTP2_ENHANCE_YOUR_CALM, "too many stream errors");
+      }
+      return 0;
+    default: return 0;
+  }
+}
+
+int Connection::OnStreamClose(nghttp2_session*, int32_t stream_id, uint32_t, void* self) {
+  auto* connection = static_cast<Connection*>(self);
+  Call* call = connection->FindCall(stream_id);
+  if (!call) return 0;
+  connection->Abandon(call, Reason::kCancelled);
+  connection->ReleaseCall(call);
+  return 0;
+}
+
+void Connection::ReleaseCall(Call* call) {
+  nghttp2_session_set_stream_user_data(session_, call->stream_id, nullptr);
+  if (call->receiving) io_.Recycle(call->receiving);
+  if (call->complete) io_.Recycle(call->complete);
+  if (!call->replies.empty()) --n_replying_;
+  while (Request* request = call->replies.PopFront()) io_.Recycle(request);
+  if (call->slow && !call->answered) {
+    call->slow->Cancel();
+    if (call->method == Method::kSlowStream && call->messages > 0) {
+      io_.frontend_.lane(call->slow_lane).Push({call->slow, SlowEvent::Kind::kCancelled, {}});
+    }
+  }
+  (call->list_prev ? call->list_prev->list_next : calls_) = call->list_next;
+  if (call->list_next) call->list_next->list_prev = call->list_prev;
+  if (--n_calls_ == 0) idle_since_ns_ = io_.now_ns_;
+  io_.FreeCall(call);
+}
+
+// ---- writing ------------------------------------------------------------------------------------------------------
+
+void Connection::Flush() {
+  if (dead_) return;
+  while (true) {
+    while (!lingering_ && out_.size() - out_sent_ < kOutputChunkBytes) {
+      const uint8_t* data = nullptr;
+      const ssize_t n = nghttp2_session_mem_send(session_, &data);
+      if (n < 0) {
+        Die();
+        return;
+      }
+      if (n == 0) break;
+      out_.insert(out_.end(), data, data + n);
+    }
+    if (out_.size() == out_sent_) break;
+    const ssize_t n = send(fd_, out_.data() + out_sent_, out_.size() - out_sent_, MSG_NOSIGNAL);
+    if (n < 0) {
+      if (errno == EINTR) continue;
+      if (errno != EAGAIN && errno != EWOULDBLOCK) {
+        Die();
+        return;
+      }
+      break;
+    }
+    io_.counters_.writes.Add(1);
+    io_.counters_.bytes_written.Add(static_cast<uint64_t>(n));
+    progress_ns_ = io_.now_ns_;
+    out_sent_ += static_cast<size_t>(n);
+    if (out_sent_ < out_.size()) break;
+    out_.clear();
+    out_sent_ = 0;
+  }
+  if (out_.size() == out_sent_) {
+    out_.clear();
+    out_sent_ = 0;
+    if (out_.capacity() > 2 * kOutputChunkBytes) std::vector<uint8_t>().swap(out_);
+    if (n_replying_ == 0) progress_ns_ = io_.now_ns_;
+    const bool over = !nghttp2_session_want_read(session_) && !nghttp2_session_want_write(session_);
+    if (!lingering_ && (over || (final_goaway_ns_ != 0 && n_calls_ == 0))) {
+      // Everything is said. Half-close and wait for the peer to do the same: closing with unread bytes in the kernel
+      // would reset the connection and could take our last answers with it.
+      lingering_ = true;
+      lingering_ns_ = io_.now_ns_;
+      shutdown(fd_, SHUT_WR);
+    }
+  }
+  UpdateInterest();
+}
+
+void Connection::UpdateInterest() {
+  if (dead_) return;
+  const size_t waiting = out_.size() - out_sent_;
+  const uint32_t wanted = (waiting < kOutputPauseBytes ? EPOLLIN : 0u) | (waiting > 0 ? EPOLLOUT : 0u);
+  if (wanted == interest_) return;
+  interest_ = wanted;
+  epoll_event event{};
+  event.events = wanted;
+  event.data.u64 = (static_cast<uint64_t>(generation_) << 32) | slot_;
+  epoll_ctl(io_.epoll_fd_, EPOLL_CTL_MOD, fd_, &event);
+}
+
+// ---- time ---------------------------------------------------------------------------------------------------------
+
+void Connection::BeginDrain() {
+  if (drain_ns_ != 0) return;
+  drain_ns_ = io_.now_ns_;
+  nghttp2_submit_shutdown_notice(session_);
+  nghttp2_submit_ping(session_, NGHTTP2_FLAG_NONE, kDrainPing);
+  MarkDirty();
+}
+
+void Connection::OnSweep(int64_t now_ns) {
+  const FrontendSettings& settings = io_.settings_;
+  if (lingering_) {
+    if (now_ns - lingering_ns_ > kLingerNs) Die();
+    return;
+  }
+  if (!settings_seen_ && settings.handshake_timeout_ns > 0 && now_ns - opened_ns_ > settings.handshake_timeout_ns) {
+    io_.counters_.handshake_closes.Add(1);
+    Die();
+    return;
+  }
+  // A peer that has not answered the drain ping within a second is slow or gone: it gets the last GOAWAY anyway.
+  if (drain_ns_ != 0 && final_goaway_ns_ == 0 && now_ns - drain_ns_ > INT64_C(1'000'000'000)) {
+    final_goaway_ns_ = now_ns;
+    nghttp2_submit_goaway(session_, NGHTTP2_FLAG_NONE, nghttp2_session_get_last_proc_stream_id(session_),
+                          NGHTTP2_NO_ERROR, nullptr, 0);
+    MarkDirty();
+  }
+  if ((out_.size() > out_sent_ || n_replying_ > 0) && now_ns - progress_ns_ > kStallNs) {
+    io_.counters_.stall_closes.Add(1);
+    Die();
+    return;
+  }
+  for (Call* call = calls_; call;) {
+    Call* next = call->list_next;
+    // A stop does not wait for streams that may never end (a Watch, an idle ModelStreamInfer).
+    const bool idle_stream = call->method == Method::kSlowStream ||
+                             (call->method == Method::kStreamInfer && !call->requests_head && call->replies.empty());
+    if (io_.draining_ && final_goaway_ns_ != 0 && idle_stream) {
+      Finish(call, Status::Error(Reason::kNodeDraining, "the server is shutting down"));
+    }
+    const int64_t age_ns = now_ns - call->opened_ns;
+    const bool uploading = !call->remote_closed && !call->finishing &&
+                           (call->method == Method::kInfer || call->method == Method::kSlowUnary ||
+                            call->receiving != nullptr || call->prefix_have != 0);
+    if (uploading && age_ns > kStallNs &&
+        static_cast<int64_t>(call->body_bytes) < age_ns / 1'000'000'000 * kUploadBytesPerSecond) {
+      io_.counters_.stall_closes.Add(1);
+      Finish(call, Status::Error(Reason::kDeadlinePassed, "the request was sent too slowly"));
+    }
+    call = next;
+  }
+  if (ping_sent_ns_ != 0 && now_ns - ping_sent_ns_ > settings.keepalive_timeout_ns) {
+    io_.counters_.keepalive_closes.Add(1);
+    Die();
+    return;
+  }
+  if (settings.keepalive_time_ns > 0 && ping_sent_ns_ == 0 && now_ns - heard_ns_ > settings.keepalive_time_ns) {
+    ping_sent_ns_ = now_ns;
+    nghttp2_submit_ping(session_, NGHTTP2_FLAG_NONE, kKeepalivePing);
+    MarkDirty();
+  }
+  if (settings.max_connection_idle_ns > 0 && n_calls_ == 0 && now_ns - idle_since_ns_ > settings.max_connection_idle_ns) {
+    BeginDrain();
+  }
+  if (age_limit_ns_ > 0 && now_ns - opened_ns_ > age_limit_ns_) {
+    BeginDrain();
+    if (now_ns - opened_ns_ > age_limit_ns_ + settings.max_connection_age_grace_ns) Die();
+  }
+}
+
+}  // namespace tidegate

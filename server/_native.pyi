@@ -1,0 +1,188 @@
+"""What the extension offers. Every blocking call releases the GIL; every failure is a NativeError."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from server.settings import BatchSettings, ModelSettings, SessionSettings, WarmupBatch
+
+class NativeError(Exception):
+    """A refusal by the native core. `reason` is a name of server.errors.Reason."""
+
+    reason: str
+    message: str
+
+# -- log ----------------------------------------------------------------------------------------------------------------
+
+def set_log_level(level: int) -> None:
+    """Lowest level that the native core logs: Python's logging numbers (10 debug .. 40 error)."""
+
+# -- ONNX Runtime -------------------------------------------------------------------------------------------------------
+
+def ort_open(library_path: str) -> None:
+    """Opens ONNX Runtime's shared library and makes the process's only environment. Once; again is a no-op."""
+
+def ort_version() -> str: ...
+def ort_providers() -> list[str]:
+    """Execution providers the library offers, its own order of preference."""
+
+class TensorInfo(NamedTuple):
+    name: str
+    elem_type: int  # ONNX TensorProto.DataType; 0: not a tensor
+    dims: tuple[int, ...]  # -1: free
+    symbols: tuple[str, ...]  # symbolic name per dimension, "" where none
+
+class Session:
+    """One ONNX Runtime session, shared by the instances of a version on one device.
+
+    Construction loads and optimises the model on a native thread of low priority with the GIL released.
+    """
+
+    def __init__(self, path: str, settings: SessionSettings) -> None: ...
+    @property
+    def inputs(self) -> list[TensorInfo]: ...
+    @property
+    def outputs(self) -> list[TensorInfo]: ...
+    def custom_metadata(self, key: str) -> str | None: ...
+    def close(self) -> None:
+        """Gives the session up; its memory goes when the last Version that uses it is gone."""
+
+# -- versions -----------------------------------------------------------------------------------------------------------
+
+class Warning(NamedTuple):
+    name: str
+    message: str
+
+class Version:
+    """One loaded version: sessions, instances, queue, counters. Serves once it is in a published route table."""
+
+    def __init__(self, settings: ModelSettings, sessions: Sequence[Session]) -> None:
+        """`sessions[i]` belongs to `settings.instance_groups[i]`. Checks settings against the sessions."""
+    @staticmethod
+    def mock(settings: ModelSettings, script: str = "echo") -> "Version":
+        """A version without a runtime for tests and benchmarks: output i is input i. Scripts: "echo", "sleep:US"
+        (each run takes US microseconds), "fail-on:BYTE" (a batch with a row whose first byte is BYTE fails), "hold"
+        (runs wait until release_mock())."""
+    def release_mock(self, runs: int) -> None: ...
+    def warm_up(self, batches: Sequence[WarmupBatch]) -> list[Warning]:
+        """Runs each batch on every instance at low priority. A required one that fails raises; others are returned."""
+    def start(self) -> None:
+        """Starts one executor thread per instance."""
+    def retire(self, timeout_s: float) -> bool:
+        """After the route table no longer names it: refuses new work, runs what waits, ends the executors, frees all
+        and trims the heap. False when work had to be ended by force at the timeout (those requests got UNAVAILABLE).
+        The object is closed afterwards."""
+    @property
+    def memory_bytes(self) -> int:
+        """Buffers of the instances."""
+    def statistics(self) -> "VersionStatistics": ...
+    def queue_view(self) -> dict[str, object]:
+        """waiting, waiting_rows, running_rows, knee, cap, l50_ns, l99_ns."""
+
+class Histogram(NamedTuple):
+    bounds: tuple[float, ...]  # upper bounds, seconds or rows; +Inf is left out
+    counts: tuple[int, ...]  # per bucket, not cumulative, one more than bounds
+    sum: float
+
+class BatchStatistics(NamedTuple):
+    batch_size: int
+    count: int
+    compute_input_ns: int
+    compute_infer_ns: int
+    compute_output_ns: int
+
+class VersionStatistics(NamedTuple):
+    last_inference_ms: int
+    success_count: int
+    success_ns: int
+    fail_count: int
+    fail_ns: int
+    queue_count: int
+    queue_ns: int
+    compute_input_ns: int
+    compute_infer_ns: int
+    compute_output_ns: int
+    inference_count: int  # rows
+    execution_count: int  # batches
+    pending: int
+    failures: Mapping[str, int]  # REJECTED, CANCELED, BACKEND, OTHER
+    shed: Mapping[str, int]  # by Reason name: QUEUE_FULL, TOO_LATE, DEADLINE_PASSED
+    batches: tuple[BatchStatistics, ...]
+    request_duration: Histogram
+    queue_duration: Histogram
+    batch_rows: Histogram
+
+# -- route table --------------------------------------------------------------------------------------------------------
+
+class VersionRoute(NamedTuple):
+    text: str  # as on the wire
+    version: Version | None  # None: named but not READY
+    reason: str  # why not, for the UNAVAILABLE message
+
+class ModelRoute(NamedTuple):
+    name: str
+    versions: Sequence[VersionRoute]
+    default: str  # text of the version that an empty model_version means; "": none is READY
+    aliases: Mapping[str, str]  # alias -> version text
+
+# -- front end ----------------------------------------------------------------------------------------------------------
+
+class FrontendSettings(NamedTuple):
+    host: str = "127.0.0.1"
+    port: int = 8001
+    io_threads: int = 1
+    max_message_bytes: int = 64 << 20
+    max_inflight_bytes: int = 256 << 20
+    max_connections: int = 10_000
+    max_streams: int = 1_000  # SETTINGS_MAX_CONCURRENT_STREAMS, per connection
+    keepalive_time_s: float = 7200.0
+    keepalive_timeout_s: float = 20.0
+    handshake_timeout_s: float = 10.0
+    max_connection_age_s: float = 0.0  # 0: no limit; +-10 % jitter
+    max_connection_age_grace_s: float = 30.0
+    max_connection_idle_s: float = 0.0
+
+class SlowCall:
+    """One RPC that Python answers. Messages in, messages out, one finish. Methods may be called from any thread."""
+
+    @property
+    def method(self) -> str:
+        """Path, e.g. "/inference.GRPCInferenceService/ServerLive"."""
+    @property
+    def peer(self) -> str: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+    @property
+    def cancelled(self) -> bool: ...
+    def send(self, message: bytes) -> None:
+        """Sends one message. After cancellation or finish it does nothing."""
+    def finish(self, status: int, message: str = "", trailers: Mapping[str, str] | None = None) -> None: ...
+
+class SlowEvent(NamedTuple):
+    call: SlowCall
+    kind: str  # "message" | "half_close" | "cancelled"
+    payload: bytes  # the message, decompressed, for "message"
+
+class Frontend:
+    def __init__(
+        self, settings: FrontendSettings, slow_methods: Mapping[str, str]
+    ) -> None:
+        """`slow_methods`: path -> lane and shape, e.g. "fast unary", "unary", "stream". A unary call arrives as one
+        "message" event; a stream's messages arrive in order, then "half_close". Methods not listed and not native
+        answer UNIMPLEMENTED."""
+    def start(self) -> int:
+        """Binds, starts the I/O threads and returns the port."""
+    def publish(self, routes: Sequence[ModelRoute]) -> None:
+        """Replaces the route table. Returns when no I/O thread can still see the old one."""
+    def next_slow(self, lane: str, timeout_s: float) -> SlowEvent | None:
+        """Waits for an event of the lane, "fast" or "general". None at the timeout or once the front end has stopped."""
+    def shutdown_notice(self) -> None:
+        """First GOAWAY to everyone; listeners stay open until drain()."""
+    def drain(self, timeout_s: float) -> bool:
+        """Stops accepting, says GOAWAY, lets calls in flight finish. True when all connections ended in time."""
+    def stop(self) -> None:
+        """Closes what is left, ends the I/O threads. Idempotent."""
+    def counters(self) -> dict[str, int]:
+        """Process-wide counters: connections, streams, requests by outcome, protocol errors, bytes copied, ..."""
+
+def live_objects() -> dict[str, int]:
+    """Live native objects by kind (version, session, instance, request, ...), for leak checks."""

@@ -1,0 +1,1 @@
+"""Decisions of the data plane as pure functions of values."""
