@@ -2,8 +2,9 @@
 // header.
 //
 // The library hands out a table of function pointers that only ever grows at its end, so a slot's number is its
-// identity. TIDEGATE_ORT_SLOTS is the one list of what we use: the struct of typed pointers, the list that tests walk and
-// the recorder that counts calls (library.cc) all come from it. A slot declared here that no test reaches is a defect.
+// identity. TIDEGATE_ORT_SLOTS is the one list of what we use: the struct of typed pointers, the list that tests walk
+// and the recorder that counts calls (library.cc) all come from it. A slot declared here that no test reaches is a
+// defect.
 //
 // Conventions of the table: a function returns null for success or a status to be released, unless the list says
 // otherwise; results come through the last arguments; Release* takes null.
@@ -110,6 +111,7 @@ using JoinThreadFn = void(const OrtThread* thread);
   SLOT(137, BindOutput, OrtStatus*(OrtIoBinding*, const char*, const OrtValue*))                                       \
   SLOT(138, BindOutputToDevice, OrtStatus*(OrtIoBinding*, const char*, const OrtMemoryInfo*))                          \
   SLOT(140, GetBoundOutputValues, OrtStatus*(const OrtIoBinding*, OrtAllocator*, OrtValue***, size_t*))                \
+  SLOT(141, ClearBoundInputs, void(OrtIoBinding*))                                                                     \
   SLOT(165, AddRunConfigEntry, OrtStatus*(OrtRunOptions*, const char*, const char*))                                   \
   SLOT(170, AppendTensorRt, OrtStatus*(OrtSessionOptions*, const OrtTensorRtOptions*))                                 \
   SLOT(171, CreateTensorRtOptions, OrtStatus*(OrtTensorRtOptions**))                                                   \
@@ -151,8 +153,8 @@ inline constexpr int kSlotsEnd = 253;  // one past the highest number above
 // REQUIRES: `table` has every slot of kApiVersion.
 inline Api ApiFromTable(void* const* table) {
   Api api;
-#define TIDEGATE_SLOT(number, name, ...)                                                 \
-  static_assert(number < kSlotsEnd);                                                     \
+#define TIDEGATE_SLOT(number, name, ...) \
+  static_assert(number < kSlotsEnd);     \
   api.name = reinterpret_cast<std::add_pointer_t<__VA_ARGS__>>(table[number]);
   TIDEGATE_ORT_SLOTS(TIDEGATE_SLOT)
 #undef TIDEGATE_SLOT

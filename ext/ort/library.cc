@@ -13,7 +13,7 @@
 namespace tidegate::ort {
 namespace {
 
-Api the_api;                                // constant after Open
+Api the_api;                                 // constant after Open
 std::atomic<Library*> the_library{nullptr};  // release in Open, acquire in Get
 std::mutex open_mutex;
 
@@ -63,8 +63,8 @@ bool AdmitRecord(uint64_t* n_left_out) {
 
 void WriteLog(void*, int severity, const char* category, const char* log_id, const char* location,
               const char* message) {
-  const LogLevel level = severity <= kVerbose ? LogLevel::kDebug
-                         : severity == kInfo  ? LogLevel::kInfo
+  const LogLevel level = severity <= kVerbose   ? LogLevel::kDebug
+                         : severity == kInfo    ? LogLevel::kInfo
                          : severity == kWarning ? LogLevel::kWarning
                                                 : LogLevel::kError;
   uint64_t n_left_out = 0;
@@ -138,7 +138,8 @@ std::string CleanMessage(std::string_view message, const std::vector<std::string
     rest.remove_prefix(space == std::string_view::npos ? rest.size() : space + 1);
 
     size_t path = 0;
-    while (path < token.size() && !(IsPathStart(token.substr(path)) && (path == 0 || IsOpening(token[path - 1])))) ++path;
+    while (path < token.size() && !(IsPathStart(token.substr(path)) && (path == 0 || IsOpening(token[path - 1]))))
+      ++path;
     std::string kept(token.substr(0, path));
     // Names of nodes: Name:'/encoder/layer.0/Gather', node (/encoder/Add), and the like keep their slashes.
     const bool is_node = kept.ends_with("Name:'") || clean.ends_with("node ") || clean.ends_with("node: ") ||
@@ -195,8 +196,8 @@ Status Library::Load(const std::string& path, bool record_calls) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {
     const char* error = dlerror();
-    return Status::Error(Reason::kLoadFailed, "ONNX Runtime's library cannot be opened: " +
-                                                  CleanMessage(error ? error : "no reason given"));
+    return Status::Error(Reason::kLoadFailed,
+                         "ONNX Runtime's library cannot be opened: " + CleanMessage(error ? error : "no reason given"));
   }
   const auto get_base = reinterpret_cast<const ApiBase* (*)()>(dlsym(handle, "OrtGetApiBase"));
   if (get_base == nullptr) {

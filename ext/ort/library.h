@@ -21,9 +21,9 @@ const Api& api();
 
 class Library {
  public:
-  // Opens the library at `path` and makes the environment, whose log goes to util/log.h. The same path again is a no-op,
-  // another path is refused: two runtimes in one process would each have their own threads and arenas.
-  // With record_calls every call through the table is counted, for the test that no declared slot goes unexercised.
+  // Opens the library at `path` and makes the environment, whose log goes to util/log.h. The same path again is a
+  // no-op, another path is refused: two runtimes in one process would each have their own threads and arenas. With
+  // record_calls every call through the table is counted, for the test that no declared slot goes unexercised.
   static Status Open(const std::string& path, bool record_calls = false);
 
   // Null before a successful Open.
@@ -32,7 +32,7 @@ class Library {
   OrtEnv* env() const { return env_; }
   const std::string& version() const { return version_; }
   const std::vector<std::string>& providers() const { return providers_; }
-  OrtAllocator* allocator() const { return allocator_; }          // of the heap; for names and strings
+  OrtAllocator* allocator() const { return allocator_; }  // of the heap; for names and strings
   const OrtMemoryInfo* cpu_memory() const { return cpu_memory_; }
 
   // Calls through slot `number` so far; 0 when they are not recorded.
@@ -53,8 +53,8 @@ class Library {
 Status ToStatus(OrtStatus* status, Reason reason);
 
 // The runtime's message as a client may read it: one line, at most kMaxMessage bytes, valid text, no path and no source
-// location. Names of graph nodes, which often begin with a slash, stay. `folders` are cut out wherever they stand in front
-// of a file's name: blanks in a folder's name hide where a path ends.
+// location. Names of graph nodes, which often begin with a slash, stay. `folders` are cut out wherever they stand in
+// front of a file's name: blanks in a folder's name hide where a path ends.
 inline constexpr size_t kMaxMessage = 512;
 std::string CleanMessage(std::string_view message, const std::vector<std::string>& folders = {});
 
@@ -80,11 +80,11 @@ using CudaOptionsHandle = std::unique_ptr<OrtCudaOptions, Releaser<&Api::Release
 using TensorRtOptionsHandle = std::unique_ptr<OrtTensorRtOptions, Releaser<&Api::ReleaseTensorRtOptions>>;
 
 // For functions that return Status: ends them when a call of the table fails.
-#define TIDEGATE_ORT_TRY(call, reason)                                                        \
-  do {                                                                                        \
-    if (::tidegate::ort::OrtStatus* tried = (call); tried != nullptr) [[unlikely]] {          \
-      return ::tidegate::ort::ToStatus(tried, reason);                                        \
-    }                                                                                         \
+#define TIDEGATE_ORT_TRY(call, reason)                                               \
+  do {                                                                               \
+    if (::tidegate::ort::OrtStatus* tried = (call); tried != nullptr) [[unlikely]] { \
+      return ::tidegate::ort::ToStatus(tried, reason);                               \
+    }                                                                                \
   } while (false)
 
 }  // namespace tidegate::ort

@@ -80,7 +80,8 @@ Status AppendProvider(ort::OrtSessionOptions* options, const std::string& name, 
   if (name == "TensorrtExecutionProvider") return AppendTensorRt(options, entries);
   const KeyValues kv(entries);
   return ort::ToStatus(
-      api().AppendProvider(options, ShortName(name).c_str(), kv.keys.data(), kv.values.data(), kv.keys.size()), kReason);
+      api().AppendProvider(options, ShortName(name).c_str(), kv.keys.data(), kv.values.data(), kv.keys.size()),
+      kReason);
 }
 
 Status TryProvider(const std::string& name, const Entries& entries) {
@@ -92,9 +93,9 @@ Status TryProvider(const std::string& name, const Entries& entries) {
 
 // Makes the threads of the runtime's pools for a session that is loaded at low priority.
 //
-// A thread inherits its maker's nice value and, without privileges, can never get a better one: pools made by the loading
-// thread would compute at the lowest priority for as long as the model serves. So they are made by the thread that waits
-// for the load, which is at normal priority.
+// A thread inherits its maker's nice value and, without privileges, can never get a better one: pools made by the
+// loading thread would compute at the lowest priority for as long as the model serves. So they are made by the thread
+// that waits for the load, which is at normal priority.
 class Session::PoolThreads {
  public:
   Status Install(ort::OrtSessionOptions* options) {
@@ -235,7 +236,8 @@ Status Session::SetOptions(ort::OrtSessionOptions* options) {
   TIDEGATE_ORT_TRY(api().SetIntraOpNumThreads(options, settings_.intra_op_threads), kReason);
   TIDEGATE_ORT_TRY(api().SetInterOpNumThreads(options, settings_.inter_op_threads), kReason);
   TIDEGATE_ORT_TRY(
-      api().SetSessionExecutionMode(options, settings_.parallel_execution ? ort::kParallel : ort::kSequential), kReason);
+      api().SetSessionExecutionMode(options, settings_.parallel_execution ? ort::kParallel : ort::kSequential),
+      kReason);
   TIDEGATE_ORT_TRY(api().SetSessionGraphOptimizationLevel(options, settings_.graph_level), kReason);
   TIDEGATE_ORT_TRY(settings_.cpu_mem_arena ? api().EnableCpuMemArena(options) : api().DisableCpuMemArena(options),
                    kReason);
@@ -347,13 +349,13 @@ std::optional<std::string> Session::CustomMetadata(const std::string& key) const
   return found;
 }
 
-namespace {
-
-std::string Show(std::span<const int64_t> dims) {
+std::string ShowDims(std::span<const int64_t> dims) {
   std::string text = "[";
   for (int64_t dim : dims) text += (text.size() == 1 ? "" : ",") + std::to_string(dim);
   return text + "]";
 }
+
+namespace {
 
 std::string TypeName(int elem_type) {
   if (elem_type == 0) return "not a tensor";
@@ -362,7 +364,8 @@ std::string TypeName(int elem_type) {
 }
 
 const TensorInfo* Find(const std::vector<TensorInfo>& infos, const std::string& name) {
-  const auto found = std::find_if(infos.begin(), infos.end(), [&](const TensorInfo& info) { return info.name == name; });
+  const auto found =
+      std::find_if(infos.begin(), infos.end(), [&](const TensorInfo& info) { return info.name == name; });
   return found == infos.end() ? nullptr : &*found;
 }
 
@@ -385,7 +388,7 @@ std::string TensorFault(const TensorSpec& spec, const TensorInfo& info, bool bat
 
   const std::span<const int64_t> dims = spec.model_dims.span();
   const auto configured = [&] {
-    return "is configured as " + Show(dims) + " but the model has " + Show(info.dims);
+    return "is configured as " + ShowDims(dims) + " but the model has " + ShowDims(info.dims);
   };
   // No dimensions in the model's file: the shape may be anything, runs will tell.
   if (!info.dims.empty()) {
@@ -402,7 +405,7 @@ std::string TensorFault(const TensorSpec& spec, const TensorInfo& info, bool bat
   if (batches) {
     for (const Dims* shape : {&spec.dims, &spec.model_dims}) {
       if (shape->rank == 0 || shape->d[0] != -1) {
-        return "is configured as " + Show(shape->span()) + ": the batch dimension -1 must come first";
+        return "is configured as " + ShowDims(shape->span()) + ": the batch dimension -1 must come first";
       }
     }
   }
@@ -411,7 +414,7 @@ std::string TensorFault(const TensorSpec& spec, const TensorInfo& info, bool bat
   int64_t model_count = 0;
   if (n_free(spec.dims) != n_free(spec.model_dims) || !FixedCount(spec.dims, &wire_count) ||
       !FixedCount(spec.model_dims, &model_count) || wire_count != model_count) {
-    return "is reshaped from " + Show(spec.dims.span()) + " to " + Show(dims) +
+    return "is reshaped from " + ShowDims(spec.dims.span()) + " to " + ShowDims(dims) +
            ": both need as many free dimensions and as many elements";
   }
   return "";
@@ -429,7 +432,8 @@ void CheckSide(const char* side, const std::vector<TensorSpec>& specs, const std
     } else if (std::string fault = TensorFault(spec, *info, batches); !fault.empty()) {
       faults->push_back(what + fault);
     }
-    if (std::count_if(specs.begin(), specs.end(), [&](const TensorSpec& other) { return other.name == spec.name; }) > 1) {
+    if (std::count_if(specs.begin(), specs.end(), [&](const TensorSpec& other) { return other.name == spec.name; }) >
+        1) {
       faults->push_back(what + "is configured twice");
     }
   }

@@ -1,14 +1,18 @@
 // One ONNX Runtime session: a model, loaded and optimised for one device.
 //
-// Threads    Create: any; it works on a thread of its own at the lowest priority, so that a load takes only what serving
-//            leaves. Everything else: any, constant after Create. Runs on one session may overlap (the runtime's promise).
-// Owner      shared_ptr: the instances that run it and the Python object that made it. The last one to go frees the model
+// Threads    Create: any; it works on a thread of its own at the lowest priority, so that a load takes only what
+// serving
+//            leaves. Everything else: any, constant after Create. Runs on one session may overlap (the runtime's
+//            promise).
+// Owner      shared_ptr: the instances that run it and the Python object that made it. The last one to go frees the
+// model
 //            and gives the heap back to the system; that takes milliseconds, so it is never an I/O or executor thread.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -43,8 +47,8 @@ struct SessionSettings {
   bool pinned_output = true;
 };
 
-// One input or output as the runtime reports it. No dimensions: a scalar, or a shape that is not known before a run (the
-// runtime does not tell these apart).
+// One input or output as the runtime reports it. No dimensions: a scalar, or a shape that is not known before a run
+// (the runtime does not tell these apart).
 struct TensorInfo {
   std::string name;
   int elem_type = 0;                 // ONNX TensorProto.DataType; 0: not a tensor
@@ -95,6 +99,9 @@ Status AppendProvider(ort::OrtSessionOptions* options, const std::string& name, 
 
 // Whether the library accepts this provider and its options here (its libraries and its device are found).
 Status TryProvider(const std::string& name, const Entries& entries);
+
+// A shape for a person to read: "[-1,3]".
+std::string ShowDims(std::span<const int64_t> dims);
 
 // Names every difference between what a configuration promises and what the model has. kLoadFailed, or ok.
 Status CheckSpec(const Session& session, const ModelSpec& spec);
