@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
-BUILD_PACKAGES := libnghttp2-dev libssl-dev zlib1g-dev pkg-config
+BUILD_PACKAGES := libnghttp2-dev zlib1g-dev pkg-config
 TEST_PACKAGES ?=
 BENCH_PACKAGES ?= nghttp2-client nghttp2-server libb64-0d
 # What pip needs in place to build without a second environment; as in pyproject.toml.

@@ -42,8 +42,8 @@ MODULE = "server._native"
 # Programs, not part of the module.
 APART = (EXT / "test", EXT / "fuzz")
 
-LIBRARIES = {"libnghttp2": "nghttp2", "openssl": "ssl crypto", "zlib": "z"}
-SYSTEM_PACKAGES = "libnghttp2-dev libssl-dev zlib1g-dev pkg-config"
+LIBRARIES = {"libnghttp2": "nghttp2", "zlib": "z"}
+SYSTEM_PACKAGES = "libnghttp2-dev zlib1g-dev pkg-config"
 
 # Functions that distributions have back-ported below the version that announces them: only trying tells.
 PROBES = {
@@ -112,7 +112,7 @@ def chosen_flavour() -> Flavour:
         raise BuildError(f"TIDEGATE_SANITIZE={sanitize}: use address or thread")
     if os.environ.get("TIDEGATE_DEBUG") == "1":
         return Flavour("debug", ("-O0", "-g3", "-D_GLIBCXX_ASSERTIONS"))
-    return Flavour("release", ("-O2", "-g1", "-fno-plt"))
+    return Flavour("release", ("-O2", "-g1", "-fno-plt", "-DNDEBUG"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +148,10 @@ def find_toolchain(flavour: Flavour) -> Toolchain:
 def probe(compiler: Sequence[str], includes: list[str], libraries: list[str], flavour: Flavour) -> tuple[str, ...]:
     """The defines for what the installed libraries can do. Remembered until the compiler or the headers change."""
     command = [*compiler, "-x", "c++", *includes]
-    found = call([*command, "-M", "-include", "nghttp2/nghttp2.h", "-include", "openssl/ssl.h", "-include", "zlib.h",
-                  "/dev/null"])  # fmt: skip
+    found = call([*command, "-M", "-include", "nghttp2/nghttp2.h", "-include", "zlib.h", "/dev/null"])  # fmt: skip
     if found.returncode != 0:
         raise BuildError(
-            "the headers of libnghttp2, OpenSSL or zlib are missing. On Debian and Ubuntu:\n"
+            "the headers of libnghttp2 or zlib are missing. On Debian and Ubuntu:\n"
             f"    apt-get install {SYSTEM_PACKAGES}\n{found.stderr.strip()}"
         )
     header = next(word for word in found.stdout.split() if word.endswith("nghttp2/nghttp2.h"))

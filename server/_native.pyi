@@ -175,8 +175,6 @@ class Frontend:
         """Replaces the route table. Returns when no I/O thread can still see the old one."""
     def next_slow(self, lane: str, timeout_s: float) -> SlowEvent | None:
         """Waits for an event of the lane, "fast" or "general". None at the timeout or once the front end has stopped."""
-    def shutdown_notice(self) -> None:
-        """First GOAWAY to everyone; listeners stay open until drain()."""
     def drain(self, timeout_s: float) -> bool:
         """Stops accepting, says GOAWAY, lets calls in flight finish. True when all connections ended in time."""
     def stop(self) -> None:

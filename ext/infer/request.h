@@ -18,6 +18,7 @@
 
 #include "infer/tensor.h"
 #include "util/clock.h"
+#include "util/live.h"
 #include "util/status.h"
 
 namespace tidegate {
@@ -63,7 +64,7 @@ struct Request {
 
   // -- where it stands -----------------------------------------------------------------------------------------------
   Version* version = nullptr;  // valid until the request is back in the outbox
-  int64_t due_ns = kNever;     // earliest of grpc-timeout, `timeout` and the default timeout
+  int64_t due_ns = kNever;     // when the answer is too late: earliest of grpc-timeout and `timeout`
   RequestTimes times;
   std::atomic<bool> cancelled{false};
 
@@ -83,9 +84,17 @@ struct Request {
   // -- links, used by whoever holds the request ------------------------------------------------------------------------
   Request* next = nullptr;
   Request* prev = nullptr;
-  uint64_t ticket = 0;        // arrival order within its version's queue
-  uint8_t queue_level = 0;    // priority level it waits in, set by the queue
-  bool queued = false;        // guarded by the queue's lock
+
+  // -- the queue's alone, from Push until it hands the request out -------------------------------------------------------
+  Request* shape_next = nullptr;   // among those of its shape
+  Request* shape_prev = nullptr;
+  uint64_t ticket = 0;             // arrival order within its version's queue
+  int64_t queue_due_ns = kNever;   // when the queue's own timeout strikes
+  int64_t listed_ns = 0;           // since when it waits in its list
+  uint8_t queue_list = 0;          // which one
+  bool queued = false;             // guarded by the queue's lock
+
+  [[no_unique_address]] LiveCounted<LiveKind::kRequest> live;
 
   // Back to a blank request with its buffers' capacity kept (a buffer above `keep_bytes` is given back).
   void Reset(size_t keep_bytes) {
@@ -119,8 +128,11 @@ struct Request {
     charged_bytes = 0;
     in_stream = false;
     next = prev = nullptr;
+    shape_next = shape_prev = nullptr;
     ticket = 0;
-    queue_level = 0;
+    queue_due_ns = kNever;
+    listed_ns = 0;
+    queue_list = 0;
     queued = false;
   }
 };

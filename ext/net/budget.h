@@ -7,12 +7,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <utility>
 
 namespace tidegate {
 
 class Budget {
  public:
-  explicit Budget(int64_t limit_bytes) : free_(limit_bytes) {}
+  explicit Budget(int64_t limit_bytes) : limit_(limit_bytes), free_(limit_bytes) {}
 
   // All or nothing.
   bool Take(int64_t bytes) {
@@ -26,8 +27,10 @@ class Budget {
   void Force(int64_t bytes) { free_.fetch_sub(bytes, std::memory_order_relaxed); }
   void Return(int64_t bytes) { free_.fetch_add(bytes, std::memory_order_relaxed); }
   int64_t free_bytes() const { return free_.load(std::memory_order_relaxed); }
+  int64_t limit_bytes() const { return limit_; }
 
  private:
+  const int64_t limit_;
   std::atomic<int64_t> free_;
 };
 
@@ -59,6 +62,8 @@ class LocalBudget {
       credit_ = 0;
     }
   }
+  // Less than a quarter is left: whoever holds bytes without getting on is in the others' way.
+  bool low() const { return shared_.free_bytes() + credit_ < shared_.limit_bytes() / 4; }
   void Return(int64_t bytes) {
     credit_ += bytes;
     if (credit_ > 2 * kChunk) {
@@ -71,6 +76,26 @@ class LocalBudget {
   static constexpr int64_t kChunk = 1 << 20;
   Budget& shared_;
   int64_t credit_ = 0;
+};
+
+// Bytes of a Budget that leave their I/O thread: given back by whoever holds them last, on any thread.
+class BudgetHold {
+ public:
+  BudgetHold() = default;
+  BudgetHold(Budget& budget, int64_t bytes) : budget_(&budget), bytes_(bytes) {}
+  BudgetHold(BudgetHold&& other) noexcept : budget_(std::exchange(other.budget_, nullptr)), bytes_(other.bytes_) {}
+  BudgetHold& operator=(BudgetHold&& other) noexcept {
+    std::swap(budget_, other.budget_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~BudgetHold() {
+    if (budget_) budget_->Return(bytes_);
+  }
+
+ private:
+  Budget* budget_ = nullptr;
+  int64_t bytes_ = 0;
 };
 
 }  // namespace tidegate

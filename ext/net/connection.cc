@@ -18,7 +18,6 @@
 #include "net/io_thread.h"
 #include "serving/version.h"
 #include "util/clock.h"
-#include "util/live.h"
 
 namespace tidegate {
 namespace {
@@ -92,7 +91,6 @@ Connection::Connection(IoThread& io, int fd, uint32_t slot, uint32_t generation,
       heard_ns_(io.now_ns_),
       progress_ns_(io.now_ns_),
       idle_since_ns_(io.now_ns_) {
-  live::Add(live::Kind::kConnection, 1);
   static nghttp2_session_callbacks* const callbacks = MakeCallbacks();
   static nghttp2_option* const option = MakeOptions();
   if (nghttp2_session_server_new2(&session_, callbacks, this, option) != 0) {
@@ -127,7 +125,6 @@ Connection::~Connection() {
   }
   if (session_) nghttp2_session_del(session_);
   close(fd_);
-  live::Add(live::Kind::kConnection, -1);
 }
 
 void Connection::MarkDirty() {

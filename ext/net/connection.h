@@ -16,6 +16,7 @@
 
 #include "grpc/call.h"
 #include "net/outbox.h"
+#include "util/live.h"
 #include "util/status.h"
 #include "util/token_bucket.h"
 
@@ -135,6 +136,8 @@ class Connection {
   TokenBucket bad_resets_{100, 10};
   int64_t last_ping_ns_ = 0;
   int ping_strikes_ = 0;
+
+  LiveCounted<LiveKind::kConnection> live_;
 };
 
 }  // namespace tidegate

@@ -6,6 +6,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <cstring>
 
 #include "util/clock.h"
@@ -106,7 +108,7 @@ void FrontendCore::Publish(std::vector<ModelRoute> models) {
     }
   }
   auto table = std::make_unique<const RouteTable>(std::move(models));
-  std::lock_guard lock(publish_mutex_);
+  RankedLock lock(publish_mutex_);
   routes_.store(table.get(), std::memory_order_seq_cst);
   owned_routes_.swap(table);
   Synchronize();
@@ -115,6 +117,19 @@ void FrontendCore::Publish(std::vector<ModelRoute> models) {
 
 void FrontendCore::Synchronize() {
   for (const auto& io : io_threads_) io->outbox()->quiescence().Synchronize();
+}
+
+std::vector<std::pair<std::string, uint64_t>> FrontendCore::Counters() const {
+  std::vector<std::pair<std::string, uint64_t>> counters;
+  for (const IoCounterName& one : kIoCounterNames) {
+    uint64_t sum = 0;
+    for (const auto& io : io_threads_) sum += (io->counters().*one.counter).value();
+    counters.emplace_back(one.name, sum);
+  }
+  // What the threads hold as credit counts as taken: up to 2 MiB each.
+  const int64_t taken = settings_.max_inflight_bytes - budget_.free_bytes();
+  counters.emplace_back("inflight_bytes", static_cast<uint64_t>(std::max<int64_t>(taken, 0)));
+  return counters;
 }
 
 bool FrontendCore::Drain(int64_t timeout_ns) {
@@ -145,7 +160,7 @@ void FrontendCore::Stop() {
     for (const auto& io : io_threads_) io->Post(IoThread::Command::kStop);
     for (const auto& io : io_threads_) io->Join();
   }
-  std::lock_guard lock(publish_mutex_);
+  RankedLock lock(publish_mutex_);
   routes_.store(nullptr, std::memory_order_seq_cst);
   owned_routes_.reset();
 }

@@ -7,7 +7,6 @@
 #include <atomic>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -18,6 +17,7 @@
 #include "route/route_table.h"
 #include "serving/version.h"
 #include "slow/slow_queue.h"
+#include "util/ranked_mutex.h"
 #include "util/status.h"
 
 namespace tidegate {
@@ -43,6 +43,8 @@ class FrontendCore : public Synchronizer, public std::enable_shared_from_this<Fr
   bool Drain(int64_t timeout_ns);
   void Stop();
   void Synchronize() override;
+  // What the I/O threads have counted, summed, by name; plus the bytes of the budget that are taken.
+  std::vector<std::pair<std::string, uint64_t>> Counters() const;
 
   // -- for the I/O threads
   const FrontendSettings& settings() const { return settings_; }
@@ -63,7 +65,7 @@ class FrontendCore : public Synchronizer, public std::enable_shared_from_this<Fr
   Budget budget_;
   SlowQueue lanes_[kLanes];
   std::atomic<uint32_t> connections_{0};
-  std::mutex publish_mutex_;  // rank kRouteTableWriter
+  RankedMutex<LockRank::kRouteTableWriter> publish_mutex_;
   std::unique_ptr<const RouteTable> owned_routes_;
   std::atomic<const RouteTable*> routes_{nullptr};
   std::vector<std::unique_ptr<IoThread>> io_threads_;

@@ -16,7 +16,6 @@
 #include "net/frontend.h"
 #include "serving/version.h"
 #include "util/clock.h"
-#include "util/live.h"
 
 namespace tidegate {
 namespace {
@@ -148,8 +147,8 @@ void IoThread::Main() {
   }
 }
 
-void IoThread::Accept() {
-  if (listen_fd_ < 0) return;
+bool IoThread::Accept() {
+  if (listen_fd_ < 0) return false;
   for (int i = 0; i < kAcceptsPerRound; ++i) {
     sockaddr_storage address{};
     socklen_t size = sizeof address;
@@ -159,7 +158,7 @@ void IoThread::Accept() {
         // Out of descriptors: the listener would stay readable and the loop spin. Give up the spare one to take the
         // connection off the backlog and refuse it, which the peer sees at once.
         counters_.accept_errors.Add(1);
-        if (spare_fd_ < 0) return;
+        if (spare_fd_ < 0) return false;
         close(spare_fd_);
         const int refused = accept4(listen_fd_, nullptr, nullptr, SOCK_CLOEXEC);
         if (refused >= 0) close(refused);
@@ -167,8 +166,9 @@ void IoThread::Accept() {
         counters_.connections_refused.Add(1);
         continue;
       }
-      if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) counters_.accept_errors.Add(1);
-      return;
+      if (errno == EINTR || errno == ECONNABORTED) continue;
+      if (errno != EAGAIN) counters_.accept_errors.Add(1);
+      return false;
     }
     if (frontend_.connections().fetch_add(1, std::memory_order_relaxed) >= settings_.max_connections) {
       frontend_.connections().fetch_sub(1, std::memory_order_relaxed);
@@ -178,6 +178,7 @@ void IoThread::Accept() {
     }
     Open(fd, PeerName(address));
   }
+  return true;
 }
 
 void IoThread::Open(int fd, std::string peer) {
@@ -215,18 +216,13 @@ void IoThread::Bury() {
 }
 
 void IoThread::Obey(Command command) {
-  switch (command) {
-    case Command::kStopListening:
-    case Command::kDrain:
-    case Command::kStop:
-      if (listen_fd_ >= 0) {
-        // What the kernel has already accepted for us would be reset by close(): take it in first.
-        Accept();
-        epoll_ctl(epoll_fd_, EPOLL_CTL_DEL, listen_fd_, nullptr);
-        close(listen_fd_);
-        listen_fd_ = -1;
-      }
-      break;
+  if (listen_fd_ >= 0) {
+    // What the kernel has already accepted for us would be reset by close(): take it in first.
+    while (Accept()) {
+    }
+    epoll_ctl(epoll_fd_, EPOLL_CTL_DEL, listen_fd_, nullptr);
+    close(listen_fd_);
+    listen_fd_ = -1;
   }
   if (command == Command::kDrain && !draining_) {
     draining_ = true;
@@ -336,7 +332,6 @@ Request* IoThread::NewRequest() {
   Request* request;
   if (free_requests_.empty()) {
     request = new Request();
-    live::Add(live::Kind::kRequest, 1);
   } else {
     request = free_requests_.back();
     free_requests_.pop_back();
@@ -352,7 +347,6 @@ void IoThread::Recycle(Request* request) {
   if (request->charged_bytes != 0) budget_.Return(request->charged_bytes);
   if (free_requests_.size() >= kPooledObjectsMost) {
     delete request;
-    live::Add(live::Kind::kRequest, -1);
     return;
   }
   request->Reset(pooled_bytes_ + Capacity(*request) > kPooledBytesMost ? 0 : kKeepBytes);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <iterator>
 #include <memory>
 #include <string_view>
 #include <thread>
@@ -54,9 +55,40 @@ struct alignas(64) IoCounters {
   Counter requests_live;    // pooled objects in use
 };
 
+// Every counter by the name that it is shown under.
+struct IoCounterName {
+  const char* name;
+  Counter IoCounters::* counter;
+};
+inline constexpr IoCounterName kIoCounterNames[] = {
+    {"connections_accepted", &IoCounters::connections_accepted},
+    {"connections_refused", &IoCounters::connections_refused},
+    {"connections_open", &IoCounters::connections_open},
+    {"accept_errors", &IoCounters::accept_errors},
+    {"calls", &IoCounters::calls},
+    {"calls_open", &IoCounters::calls_open},
+    {"bytes_read", &IoCounters::bytes_read},
+    {"bytes_written", &IoCounters::bytes_written},
+    {"bytes_received", &IoCounters::bytes_received},
+    {"writes", &IoCounters::writes},
+    {"te_missing", &IoCounters::te_missing},
+    {"protocol_errors", &IoCounters::protocol_errors},
+    {"glitch_closes", &IoCounters::glitch_closes},
+    {"ping_closes", &IoCounters::ping_closes},
+    {"stall_closes", &IoCounters::stall_closes},
+    {"handshake_closes", &IoCounters::handshake_closes},
+    {"keepalive_closes", &IoCounters::keepalive_closes},
+    {"http_refusals", &IoCounters::http_refusals},
+    {"resets_received", &IoCounters::resets_received},
+    {"deadline_expired", &IoCounters::deadline_expired},
+    {"requests_live", &IoCounters::requests_live},
+};
+static_assert(sizeof(IoCounters) >= std::size(kIoCounterNames) * sizeof(Counter) &&
+              sizeof(IoCounters) < (std::size(kIoCounterNames) + 8) * sizeof(Counter));
+
 class IoThread {
  public:
-  enum class Command : int { kStopListening, kDrain, kStop };
+  enum class Command : int { kDrain, kStop };
 
   IoThread(FrontendCore& frontend, uint32_t index);
   ~IoThread();
@@ -76,7 +108,8 @@ class IoThread {
   friend class Connection;
 
   void Main();
-  void Accept();
+  // Whether the backlog may hold more.
+  bool Accept();
   void Open(int fd, std::string peer);
   void PushArrivals();
   void DrainOutbox();
@@ -111,7 +144,6 @@ class IoThread {
   int spare_fd_ = -1;  // given up for a moment to refuse a connection when the process is out of descriptors
   bool stopping_ = false;
   bool draining_ = false;
-  int64_t accept_paused_until_ns_ = 0;
   int64_t now_ns_ = 0;        // of this round
   int64_t swept_ns_ = 0;
   const RouteTable* table_ = nullptr;  // of this round

@@ -16,13 +16,13 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "infer/request.h"
 #include "util/quiescence.h"
+#include "util/ranked_mutex.h"
 
 namespace tidegate {
 
@@ -52,7 +52,7 @@ class Outbox {
   void PostDone(RequestList* done) {
     if (done->empty()) return;
     {
-      std::lock_guard lock(mutex_);
+      RankedLock lock(mutex_);
       done_.Splice(done);
     }
     Wake();
@@ -60,7 +60,7 @@ class Outbox {
 
   void PostMail(Mail mail) {
     {
-      std::lock_guard lock(mutex_);
+      RankedLock lock(mutex_);
       mail_.push_back(std::move(mail));
     }
     Wake();
@@ -72,7 +72,7 @@ class Outbox {
   void Drain(RequestList* done, std::vector<Mail>* mail) {
     mail->clear();
     has_mail_.store(false, std::memory_order_seq_cst);
-    std::lock_guard lock(mutex_);
+    RankedLock lock(mutex_);
     done->Splice(&done_);
     mail->swap(mail_);
   }
@@ -97,7 +97,7 @@ class Outbox {
   Quiescence quiescence_;
   std::atomic<bool> has_mail_{false};
   std::atomic<bool> woken_{false};
-  std::mutex mutex_;
+  RankedMutex<LockRank::kOutbox> mutex_;
   RequestList done_;
   std::vector<Mail> mail_;
 };

@@ -13,7 +13,6 @@
 #include "infer/codec.h"
 #include "net/outbox.h"
 #include "util/clock.h"
-#include "util/live.h"
 
 namespace tidegate {
 
@@ -172,7 +171,6 @@ Version::Version(ModelSpec spec, const BatchSettings& batching, std::vector<std:
       queue_(batching_),
       instances_(std::move(instances)),
       io_shards_(kMaxIoThreads) {
-  live::Add(live::Kind::kVersion, 1);
   size_t bytes = 0;
   for (const auto& instance : instances_) {
     executor_shards_.push_back(std::make_unique<ExecutorShard>(batching_.max_batch_rows));
@@ -181,21 +179,38 @@ Version::Version(ModelSpec spec, const BatchSettings& batching, std::vector<std:
   memory_bytes_.store(bytes, std::memory_order_relaxed);
 }
 
-Version::~Version() {
-  Retire(0);
-  live::Add(live::Kind::kVersion, -1);
-}
+Version::~Version() { Retire(0); }
 
-Status Version::WarmUp(std::span<Request* const> requests, uint32_t rows, uint32_t count) {
-  Status status;
+Status Version::WarmUp(const WarmupBatch& batch) {
+  ParsedRequest parsed;
+  parsed.model_name = spec_.name;
+  for (const WarmupTensor& tensor : batch.tensors) {
+    ParsedInput& input = parsed.inputs.emplace_back();
+    input.name = tensor.name;
+    input.datatype = WireName(tensor.type);
+    input.shape = tensor.dims;
+    parsed.raw.push_back(tensor.data);
+  }
+  parsed.n_inputs = parsed.n_raw = batch.tensors.size();
+  Request request;
+  Status status = CheckInferRequest(parsed, spec_, &request);
+  if (status.ok() && request.rows != batch.rows) {
+    status = Status::Error(Reason::kInvalidTensor, "the batch says " + std::to_string(batch.rows) +
+                                                       " rows and its tensors have " + std::to_string(request.rows));
+  }
+  if (!status.ok()) {
+    status.reason = Reason::kLoadFailed;
+    return status;
+  }
+  Request* const requests[] = {&request};
   // Its own thread, so that the low priority ends with it.
   std::thread([&] {
     setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), 19);
     for (const auto& instance : instances_) {
-      for (uint32_t i = 0; i < count && status.ok(); ++i) {
+      for (uint32_t i = 0; i < batch.count && status.ok(); ++i) {
         RunTimes times;
-        status = instance->Run(requests, rows, &times);
-        if (status.ok()) status = CheckOutputs(spec_, instance->outputs(), rows);
+        status = instance->Run(requests, batch.rows, &times);
+        if (status.ok()) status = CheckOutputs(spec_, instance->outputs(), batch.rows);
       }
     }
   }).join();

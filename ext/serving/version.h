@@ -11,9 +11,7 @@
 #pragma once
 
 #include <atomic>
-#include <functional>
 #include <memory>
-#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -24,6 +22,7 @@
 #include "infer/model_spec.h"
 #include "infer/request.h"
 #include "serving/stats.h"
+#include "util/live.h"
 #include "util/status.h"
 
 namespace tidegate {
@@ -38,6 +37,20 @@ class Synchronizer {
   virtual void Synchronize() = 0;
 };
 
+// One input of a warm-up batch, as it would come over the wire.
+struct WarmupTensor {
+  std::string name;
+  DataType type = DataType::kInvalid;
+  Dims dims;         // batch dimension included
+  std::string data;  // raw form
+};
+
+struct WarmupBatch {
+  uint32_t rows = 1;
+  uint32_t count = 1;  // times that every instance runs it
+  std::vector<WarmupTensor> tensors;
+};
+
 class Version {
  public:
   Version(ModelSpec spec, const BatchSettings& batching, std::vector<std::unique_ptr<Instance>> instances);
@@ -47,6 +60,7 @@ class Version {
 
   const ModelSpec& spec() const { return spec_; }
   BatchQueue& queue() { return queue_; }
+  const BatchQueue& queue() const { return queue_; }
   const BatchSettings& batching() const { return batching_; }
   IoShard& io_shard(uint32_t io_thread) { return io_shards_[io_thread]; }
   const std::vector<IoShard>& io_shards() const { return io_shards_; }
@@ -54,8 +68,9 @@ class Version {
   size_t n_instances() const { return instances_.size(); }
   size_t memory_bytes() const { return memory_bytes_.load(std::memory_order_relaxed); }
 
-  // Runs one synthetic batch on every instance, on a thread of low priority. Before Start.
-  Status WarmUp(std::span<Request* const> requests, uint32_t rows, uint32_t count);
+  // Runs the batch on every instance, on a thread of low priority. Before Start. kLoadFailed when it does not fit the
+  // spec; otherwise whatever the run says.
+  Status WarmUp(const WarmupBatch& batch);
 
   void Start();
 
@@ -83,6 +98,7 @@ class Version {
   std::shared_ptr<Synchronizer> synchronizer_;
   std::atomic<size_t> memory_bytes_{0};
   bool retired_ = false;
+  LiveCounted<LiveKind::kVersion> live_;
 };
 
 }  // namespace tidegate

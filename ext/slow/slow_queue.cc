@@ -29,9 +29,9 @@ void SlowCall::Finish(int grpc_status, std::string message,
 
 bool SlowQueue::Push(SlowEvent event) {
   {
-    std::lock_guard lock(mutex_);
+    RankedLock lock(mutex_);
     if (closed_) return false;
-    if (event.kind == SlowEvent::Kind::kMessage && events_.size() >= kMostWaiting) return false;
+    if (event.kind != SlowEvent::Kind::kCancelled && events_.size() >= kMostWaiting) return false;
     events_.push_back(std::move(event));
   }
   arrived_.notify_one();
@@ -39,8 +39,8 @@ bool SlowQueue::Push(SlowEvent event) {
 }
 
 bool SlowQueue::Pop(double timeout_s, SlowEvent* event) {
-  std::unique_lock lock(mutex_);
-  const bool ready = arrived_.wait_for(lock, std::chrono::duration<double>(timeout_s),
+  RankedLock lock(mutex_);
+  const bool ready = arrived_.wait_for(lock.native(), std::chrono::duration<double>(timeout_s),
                                        [this] { return closed_ || !events_.empty(); });
   if (!ready || events_.empty()) return false;
   *event = std::move(events_.front());
@@ -50,7 +50,7 @@ bool SlowQueue::Pop(double timeout_s, SlowEvent* event) {
 
 void SlowQueue::Close() {
   {
-    std::lock_guard lock(mutex_);
+    RankedLock lock(mutex_);
     closed_ = true;
   }
   arrived_.notify_all();

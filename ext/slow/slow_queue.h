@@ -4,7 +4,8 @@
 // Owner      A SlowCall is shared by its stream and by Python; whoever lets go last frees it. It names its stream, so an
 //            answer to a stream that is gone is dropped by the I/O thread.
 // Lock       mutex_, rank kSlowQueue: never held while calling out.
-// Bound      kMostWaiting events per lane; a full lane refuses the call (QUEUE_FULL).
+// Bound      kMostWaiting events per lane; a full lane refuses the call (QUEUE_FULL). What a message holds of the node's
+//            byte budget stays taken until Python has it.
 #pragma once
 
 #include <atomic>
@@ -14,7 +15,6 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,6 +22,7 @@
 #include "infer/request.h"
 #include "net/budget.h"
 #include "net/outbox.h"
+#include "util/ranked_mutex.h"
 
 namespace tidegate {
 
@@ -60,6 +61,7 @@ struct SlowEvent {
   std::shared_ptr<SlowCall> call;
   Kind kind = Kind::kMessage;
   std::vector<std::byte> payload;
+  BudgetHold held;  // for the payload
 };
 
 class SlowQueue {
@@ -67,14 +69,14 @@ class SlowQueue {
   // Enough for a burst of health checks from every sidecar of a cluster; more is an attack or a stuck handler.
   static constexpr size_t kMostWaiting = 4096;
 
-  // False: full (never for kHalfClose and kCancelled, of which a call has one each).
+  // False: full (never for kCancelled, of which a call that is known to Python has one).
   bool Push(SlowEvent event);
   // False at the timeout or once closed.
   bool Pop(double timeout_s, SlowEvent* event);
   void Close();
 
  private:
-  std::mutex mutex_;
+  RankedMutex<LockRank::kSlowQueue> mutex_;
   std::condition_variable arrived_;
   std::deque<SlowEvent> events_;
   bool closed_ = false;
