@@ -18,12 +18,16 @@ def set_log_level(level: int) -> None:
 
 # -- ONNX Runtime -------------------------------------------------------------------------------------------------------
 
-def ort_open(library_path: str) -> None:
-    """Opens ONNX Runtime's shared library and makes the process's only environment. Once; again is a no-op."""
+def ort_open(library_path: str, record_calls: bool = False) -> None:
+    """Opens ONNX Runtime's shared library and makes the process's only environment. Once; again is a no-op, and another
+    path is refused. With `record_calls` each call of the library is counted (`ort_calls`)."""
 
 def ort_version() -> str: ...
 def ort_providers() -> list[str]:
     """Execution providers the library offers, its own order of preference."""
+
+def ort_try_provider(name: str, options: Mapping[str, str]) -> None:
+    """Raises when the library does not take this execution provider with these options here."""
 
 class TensorInfo(NamedTuple):
     name: str
@@ -44,7 +48,35 @@ class Session:
     def outputs(self) -> list[TensorInfo]: ...
     def custom_metadata(self, key: str) -> str | None: ...
     def close(self) -> None:
-        """Gives the session up; its memory goes when the last Version that uses it is gone."""
+        """Gives the session up; its memory goes when the last Version that uses it is gone. Idempotent; whatever else is
+        asked of a closed session raises ValueError."""
+
+# For tests: what is declared of the library, and runs without queue and front end.
+
+def ort_slots() -> list[tuple[int, str]]:
+    """Number and name of every declared function of the library's table."""
+
+def ort_calls(number: int) -> int:
+    """Calls through that slot so far; 0 when they are not recorded."""
+
+def clean_message(message: bytes, folders: Sequence[str] = ()) -> bytes:
+    """The library's message as a client may read it: one line of text, no path, at most 512 bytes."""
+
+class RunOutput(NamedTuple):
+    dims: tuple[int, ...]
+    data: bytes  # BYTES in wire form
+    element_offsets: tuple[int, ...]  # BYTES only: where each element begins, and the end
+
+class RuntimeInstance:
+    """One instance of a version, run on the caller's thread."""
+
+    def __init__(self, session: Session, settings: ModelSettings) -> None: ...
+    def run(self, requests: Sequence[Sequence[tuple[Sequence[int], bytes]]], rows: int) -> list[RunOutput]:
+        """Runs requests as one batch of `rows` rows. A request is (dims, raw bytes) per input of the settings."""
+    def terminate(self) -> None:
+        """Ends a run on another thread, and every later one, with an error."""
+    @property
+    def memory_bytes(self) -> int: ...
 
 # -- versions -----------------------------------------------------------------------------------------------------------
 
@@ -140,6 +172,7 @@ class FrontendSettings(NamedTuple):
     max_connection_age_s: float = 0.0  # 0: no limit; +-10 % jitter
     max_connection_age_grace_s: float = 30.0
     max_connection_idle_s: float = 0.0
+    stall_timeout_s: float = 30.0  # an answer that nobody reads, an upload that does not come
 
 class SlowCall:
     """One RPC that Python answers. Messages in, messages out, one finish. Methods may be called from any thread."""
@@ -163,9 +196,7 @@ class SlowEvent(NamedTuple):
     payload: bytes  # the message, decompressed, for "message"
 
 class Frontend:
-    def __init__(
-        self, settings: FrontendSettings, slow_methods: Mapping[str, str]
-    ) -> None:
+    def __init__(self, settings: FrontendSettings, slow_methods: Mapping[str, str]) -> None:
         """`slow_methods`: path -> lane and shape, e.g. "fast unary", "unary", "stream". A unary call arrives as one
         "message" event; a stream's messages arrive in order, then "half_close". Methods not listed and not native
         answer UNIMPLEMENTED."""
@@ -184,3 +215,27 @@ class Frontend:
 
 def live_objects() -> dict[str, int]:
     """Live native objects by kind (version, session, instance, request, ...), for leak checks."""
+
+# -- codec, for tests ---------------------------------------------------------------------------------------------------
+
+def parse_infer_request(body: bytes) -> dict[str, object]:
+    """What the front end sees in a serialized ModelInferRequest; texts are bytes."""
+
+def check_infer_request(body: bytes, settings: ModelSettings) -> dict[str, object]:
+    """What a queue would get of it: id, inputs (dims, raw bytes), outputs_wanted, rows, priority, timeout_us, shape_key,
+    empty_final_response."""
+
+def encode_infer_response(
+    body: bytes,
+    settings: ModelSettings,
+    outputs: Sequence[tuple[int, tuple[int, ...], bytes | list[bytes]]],
+    batch_rows: int,
+    first_row: int,
+    in_stream: bool,
+) -> bytes:
+    """The gRPC message that answers `body`, which stood at `first_row` of a batch of `batch_rows`. `outputs`: per output
+    of the model (ONNX type number, dims of the batch, data), for BYTES a list of elements."""
+
+def encode_stream_error(model_name: bytes, model_version: bytes, request_id: bytes, message: bytes) -> bytes: ...
+def gather_input(bodies: Sequence[bytes], settings: ModelSettings, index: int) -> bytes:
+    """Input `index` of several checked requests, one after another."""

@@ -4,8 +4,8 @@
 
 include "errors.pxi"
 include "log.pxi"
-include "runtime.pxi"
 include "codec.pxi"
+include "runtime.pxi"
 include "batching.pxi"
 include "version.pxi"
 include "route_table.pxi"

@@ -71,6 +71,8 @@ cdef extern from "infer/codec.h" namespace "tidegate" nogil:
     cdef cppclass c_OffsetSpan "std::span<const size_t>":
         c_OffsetSpan()
         c_OffsetSpan(const size_t* data, size_t size)
+        size_t size()
+        const size_t& operator[](size_t index)
 
     cdef cppclass c_OutputView "tidegate::OutputView":
         DataType type
@@ -81,6 +83,8 @@ cdef extern from "infer/codec.h" namespace "tidegate" nogil:
 
     cdef cppclass c_OutputSpan "std::span<const tidegate::OutputView>":
         c_OutputSpan(const c_OutputView* data, size_t size)
+        size_t size()
+        const c_OutputView& operator[](size_t index)
 
     cdef cppclass c_RequestSpan "std::span<tidegate::Request* const>":
         c_RequestSpan(c_Request** data, size_t size)

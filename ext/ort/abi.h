@@ -50,7 +50,6 @@ using JoinThreadFn = void(const OrtThread* thread);
 // SLOT(number, name, type)
 // clang-format off
 #define TIDEGATE_ORT_SLOTS(SLOT)                                                                                        \
-  SLOT(1, GetErrorCode, int(const OrtStatus*))                                      /* returns the code */             \
   SLOT(2, GetErrorMessage, const char*(const OrtStatus*))                           /* returns the text */             \
   SLOT(4, CreateEnvWithCustomLogger, OrtStatus*(LogFn*, void*, int, const char*, OrtEnv**))                            \
   SLOT(7, CreateSession, OrtStatus*(const OrtEnv*, const char*, const OrtSessionOptions*, OrtSession**))               \

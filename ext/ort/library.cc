@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cctype>
@@ -9,6 +10,7 @@
 
 #include "util/clock.h"
 #include "util/log.h"
+#include "util/utf8.h"
 
 namespace tidegate::ort {
 namespace {
@@ -96,7 +98,16 @@ bool IsPathStart(std::string_view text) {
   return text.starts_with('/') || text.starts_with("./") || text.starts_with("../");
 }
 
-bool IsOpening(char c) { return c == '"' || c == '\'' || c == '(' || c == '[' || c == ':' || c == '=' || c == ','; }
+// What a path may stand behind without a blank.
+bool IsOpening(char c) { return std::string_view("\"'`([{<:;=,|").find(c) != std::string_view::npos; }
+
+bool IsOnlyOpening(std::string_view text) { return std::all_of(text.begin(), text.end(), IsOpening); }
+
+// Whether what follows this text is the name of a node, such as /encoder/layer.0/Gather, which keeps its slashes.
+bool SaysNode(std::string_view text) {
+  while (!text.empty() && IsOpening(text.back())) text.remove_suffix(1);
+  return text.ends_with("node") || text.ends_with("Node");
+}
 
 void ReplaceAll(std::string* text, std::string_view from, std::string_view to) {
   for (size_t at = text->find(from); at != std::string::npos; at = text->find(from, at + to.size())) {
@@ -117,13 +128,17 @@ std::string CleanMessage(std::string_view message, const std::vector<std::string
   std::string text;
   text.reserve(message.size());
   // Whatever separates words becomes one space: the message is one line of a status and of a log.
-  for (char c : message) {
-    const bool blank = static_cast<uint8_t>(c) <= 0x20 || c == 0x7F;
-    if (!blank) {
-      text.push_back(c);
+  for (std::string_view left = message; !left.empty();) {
+    const size_t length = Utf8Length(left);
+    const bool is_blank = static_cast<uint8_t>(left[0]) <= 0x20 || left[0] == 0x7F;
+    if (length == 0) {
+      text += kReplacementCharacter;
+    } else if (!is_blank) {
+      text += left.substr(0, length);
     } else if (!text.empty() && text.back() != ' ') {
-      text.push_back(' ');
+      text += ' ';
     }
+    left.remove_prefix(std::max<size_t>(length, 1));
   }
   for (const std::string& folder : folders) {
     if (folder.size() > 1) ReplaceAll(&text, folder + "/", "");
@@ -141,9 +156,7 @@ std::string CleanMessage(std::string_view message, const std::vector<std::string
     while (path < token.size() && !(IsPathStart(token.substr(path)) && (path == 0 || IsOpening(token[path - 1]))))
       ++path;
     std::string kept(token.substr(0, path));
-    // Names of nodes: Name:'/encoder/layer.0/Gather', node (/encoder/Add), and the like keep their slashes.
-    const bool is_node = kept.ends_with("Name:'") || clean.ends_with("node ") || clean.ends_with("node: ") ||
-                         clean.ends_with("Node ") || clean.ends_with("name ") || clean.ends_with("name: ");
+    const bool is_node = kept.ends_with("Name:'") || SaysNode(IsOnlyOpening(kept) ? clean : kept);
     if (path < token.size() && !is_node) {
       const std::string_view tail = token.substr(path);
       const std::string_view base = tail.substr(tail.rfind('/') + 1);
@@ -173,7 +186,7 @@ uint64_t Library::calls(int number) {
 Status ToStatus(OrtStatus* status, Reason reason) {
   if (status == nullptr) return Status::Ok();
   std::string message = CleanMessage(the_api.GetErrorMessage(status));
-  if (message.empty()) message = "error " + std::to_string(the_api.GetErrorCode(status));
+  if (message.empty()) message = "ONNX Runtime gave no reason";
   the_api.ReleaseStatus(status);
   return Status::Error(reason, std::move(message));
 }

@@ -9,33 +9,12 @@
 #include <cstring>
 
 #include "util/clock.h"
+#include "util/utf8.h"
 
 namespace tidegate {
 namespace {
 
 std::atomic<int> min_level{static_cast<int>(LogLevel::kInfo)};
-
-// Bytes of the UTF-8 sequence at the start of `text`; 0 when there is none (overlong forms and surrogates included).
-size_t Utf8Length(std::string_view text) {
-  const auto byte = [&](size_t i) { return i < text.size() ? static_cast<uint8_t>(text[i]) : uint8_t{0}; };
-  const auto tail = [&](size_t i) { return (byte(i) & 0xC0) == 0x80; };
-  const uint8_t lead = byte(0);
-  if (lead < 0x80) return 1;
-  if (lead >= 0xC2 && lead <= 0xDF) return tail(1) ? 2 : 0;
-  if (lead >= 0xE0 && lead <= 0xEF) {
-    if (!tail(1) || !tail(2)) return 0;
-    if (lead == 0xE0 && byte(1) < 0xA0) return 0;
-    if (lead == 0xED && byte(1) > 0x9F) return 0;
-    return 3;
-  }
-  if (lead >= 0xF0 && lead <= 0xF4) {
-    if (!tail(1) || !tail(2) || !tail(3)) return 0;
-    if (lead == 0xF0 && byte(1) < 0x90) return 0;
-    if (lead == 0xF4 && byte(1) > 0x8F) return 0;
-    return 4;
-  }
-  return 0;
-}
 
 // Appends to a fixed buffer and refuses what would not fit, whole.
 class Line {
@@ -59,7 +38,7 @@ class Line {
       const char c = text[0];
       bool fits;
       if (length == 0) {
-        fits = Raw("\xEF\xBF\xBD");
+        fits = Raw(kReplacementCharacter);
       } else if (c == '"' || c == '\\') {
         const char pair[2] = {'\\', c};
         fits = Raw({pair, 2});
@@ -125,8 +104,8 @@ size_t FormatLogLine(int64_t wall_ms, LogLevel level, std::string_view logger, s
   rest.Raw("\"");
   for (const LogField& field : fields) {
     const size_t before = rest.size();
-    const bool fits = rest.Raw(",\"") && rest.Escaped(field.key) && rest.Raw("\":\"") && rest.Escaped(field.value) &&
-                      rest.Raw("\"");
+    const bool fits =
+        rest.Raw(",\"") && rest.Escaped(field.key) && rest.Raw("\":\"") && rest.Escaped(field.value) && rest.Raw("\"");
     if (!fits) rest.Rewind(before);
   }
   std::memcpy(line.data() + rest.size(), kEnd.data(), kEnd.size());
