@@ -15,20 +15,22 @@
 namespace tidegate {
 
 struct AdmissionView {
-  uint64_t waiting = 0;           // requests of the same level
-  uint64_t max_waiting = 0;       // of that level
-  uint64_t rows_ahead = 0;        // that will be served before it
-  uint64_t requests_ahead = 0;
+  uint64_t waiting = 0;         // requests of the same level
+  uint64_t max_waiting = 0;     // of that level
+  uint64_t rows_ahead = 0;      // of the same shape, that will be served before it
+  uint64_t requests_ahead = 0;  // the same, counted in requests
   uint32_t instances = 1;
-  uint32_t idle = 1;              // instances that run nothing
-  int64_t soonest_free_ns = 0;    // when the first of the busy ones is predicted to end
+  uint32_t idle = 1;            // instances that run nothing
+  int64_t soonest_free_ns = 0;  // when the first of the busy ones is predicted to end
   uint32_t max_rows = 1;
-  bool batching = true;           // false: every request is a batch of its own
+  bool batching = true;         // false: every request is a batch of its own
 };
 
 struct AdmissionRequest {
   uint32_t rows = 1;
-  int64_t due_ns = kNever;
+  int64_t due_ns = kNever;       // when the answer is too late
+  int64_t half_ns = 0;           // when half of its time has passed; see policy.h
+  int64_t start_by_ns = kNever;  // when it would be taken out of the queue unrun
 };
 
 struct Admission {
@@ -36,35 +38,33 @@ struct Admission {
   int64_t pushback_ns = -1;  // negative: a retry is not worth it
 };
 
+// As long as run times are unknown: long enough not to be a hammer, short enough not to be noticed.
+inline constexpr int64_t kUnknownPushbackNs = 10'000'000;
+
 constexpr Admission Admit(const AdmissionView& view, const Prediction& prediction, const AdmissionRequest& request,
                           int64_t now_ns) {
   if (request.rows == 0 || request.rows > view.max_rows) return {Reason::kInvalidTensor};
-  if (request.due_ns <= now_ns) return {Reason::kDeadlinePassed};
-  if (view.waiting >= view.max_waiting) return {Reason::kQueueFull, prediction.L99(prediction.cap)};
-  if (request.due_ns == kNever || !prediction.trusted) return {};
+  if (request.due_ns <= now_ns || request.start_by_ns <= now_ns) return {Reason::kDeadlinePassed};
+  if (view.waiting >= view.max_waiting) {
+    return {Reason::kQueueFull, prediction.trusted ? prediction.L99(prediction.cap) : kUnknownPushbackNs};
+  }
+  if (std::min(request.due_ns, request.start_by_ns) == kNever || !prediction.trusted) return {};
 
-  const uint64_t cap = std::max<uint32_t>(prediction.cap, 1);
-  if (view.idle > 0) {
-    const uint64_t batches =
-        view.batching ? (view.rows_ahead + request.rows + cap - 1) / cap : view.requests_ahead + 1;
-    if (batches <= view.idle) return {};
-  }
-  int64_t work_ns = 0;  // of those ahead, spread over the instances
-  int64_t own_ns = 0;   // of the batch it ends up in
-  const auto k = static_cast<int64_t>(std::max<uint32_t>(view.instances, 1));
-  if (view.batching) {
-    const uint64_t full = (view.rows_ahead + request.rows) / cap;
-    const auto rest = static_cast<uint32_t>((view.rows_ahead + request.rows) % cap);
-    work_ns = SaturatingMul(static_cast<int64_t>(full), prediction.L99(static_cast<uint32_t>(cap))) / k;
-    own_ns = prediction.L99(rest);
-  } else {
-    own_ns = prediction.L99(request.rows);
-    work_ns = SaturatingMul(static_cast<int64_t>(view.requests_ahead), own_ns) / k;
-  }
-  const int64_t free_ns = view.idle > 0 ? now_ns : std::max(now_ns, view.soonest_free_ns);
-  const int64_t eta_ns = SaturatingAdd(SaturatingAdd(free_ns, work_ns), own_ns + kSlackNs);
-  if (eta_ns > request.due_ns) return {Reason::kTooLate, eta_ns - request.due_ns};
-  return {};
+  // The batches before its own, all full, and the rows of its own.
+  const uint64_t cap = view.batching ? std::max<uint32_t>(prediction.cap, 1) : request.rows;
+  const uint64_t rows = view.batching ? view.rows_ahead + request.rows : (view.requests_ahead + 1) * cap;
+  const uint64_t full = (rows - 1) / cap;
+  if (full < view.idle) return {};
+  const auto own_rows = std::max(static_cast<uint32_t>(rows - full * cap), request.rows);
+  // Several runs in a row take their average, each; for the last one the tail may count.
+  const int64_t ahead_ns = SaturatingMul(static_cast<int64_t>(full), prediction.L50(static_cast<uint32_t>(cap))) /
+                           std::max<uint32_t>(view.instances, 1);
+  const int64_t start_ns = SaturatingAdd(view.idle > 0 ? now_ns : std::max(now_ns, view.soonest_free_ns), ahead_ns);
+  const int64_t run_ns = start_ns < request.half_ns ? prediction.L50(own_rows) : prediction.L99(own_rows);
+  const int64_t end_ns = SaturatingAdd(start_ns, run_ns + kSlackNs);
+  if (start_ns <= request.start_by_ns && end_ns <= request.due_ns) return {};
+  return {Reason::kTooLate, std::max(start_ns - std::min(request.start_by_ns, start_ns),
+                                     end_ns - std::min(request.due_ns, end_ns))};
 }
 
 // Whole milliseconds for grpc-retry-pushback-ms, rounded up: 0 would mean at once. A minute is as good as "later".

@@ -7,14 +7,15 @@
 // Invariants see DESIGN.md, section "Batching".
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <vector>
 
+#include "batch/node_load.h"
 #include "batch/settings.h"
 #include "infer/request.h"
+#include "util/ranked_mutex.h"
 
 namespace tidegate {
 
@@ -22,13 +23,21 @@ namespace tidegate {
 struct Batch {
   std::vector<Request*> requests;  // to run as one batch; may be empty when only `dropped` is not
   uint32_t rows = 0;
-  std::vector<Request*> dropped;   // expired, hopeless or cancelled: status is set, never run; to be handed back
+  std::vector<Request*> dropped;  // expired, hopeless or cancelled: status is set, never run; to be handed back
+
+  bool empty() const { return requests.empty() && dropped.empty(); }
+  void Clear() {
+    requests.clear();
+    rows = 0;
+    dropped.clear();
+  }
 };
 
 struct QueueView {
-  uint64_t waiting = 0;       // requests
+  uint64_t waiting = 0;  // requests
   uint64_t waiting_rows = 0;
   uint64_t running_rows = 0;
+  // Of the shape that ran last; a model without free dimensions has no other.
   uint32_t knee = 0;
   uint32_t cap = 0;
   std::vector<int64_t> l50_ns;  // predicted run time by batch size 1, 2, 4 .. max_batch_rows; 0: not measured yet
@@ -37,15 +46,20 @@ struct QueueView {
 
 class BatchQueue {
  public:
-  explicit BatchQueue(const BatchSettings& settings);
+  explicit BatchQueue(const BatchSettings& settings, NodeLoad& node = NodeLoad::Process());
   ~BatchQueue();
   BatchQueue(const BatchQueue&) = delete;
   BatchQueue& operator=(const BatchQueue&) = delete;
 
-  // Takes in what one epoll round brought: one lock, at most one wake-up per batch that can start. A request that is not
-  // accepted is left in *refused with its status set (kQueueFull, kTooLate, kDeadlinePassed, kInvalidTensor for a
-  // priority out of range, kNodeDraining/kVersionNotReady when closed); *arrivals is empty afterwards.
-  // Sets request->due_ns to the earliest of its due_ns (grpc-timeout), `timeout` and the policy's default.
+  // Sets request->due_ns (given: grpc-timeout) and queue_due_ns from its `timeout`, its level's policy and when it
+  // arrived. Returns when it leaves the queue unrun if it still waits then (kNever: never): whoever pushes it sees to
+  // that with a timer and Remove, since Take looks only when an instance is free. Once, before Push.
+  int64_t SetDeadlines(Request* request) const;
+
+  // Takes in what one epoll round brought: one lock, at most one wake-up per batch that can start. A request that is
+  // not accepted is left in *refused with its status set (kQueueFull, kTooLate, kDeadlinePassed, kCancelled,
+  // kInvalidTensor for a priority out of range or rows out of bounds, kVersionNotReady when closed); *arrivals is empty
+  // afterwards. REQUIRES: SetDeadlines(each).
   void Push(RequestList* arrivals, RequestList* refused, int64_t now_ns);
 
   // Takes a waiting request back (cancelled or expired). False: it is not waiting any more. With preserve_ordering its
@@ -60,12 +74,25 @@ class BatchQueue {
   // sense (kNever: after the next Push), or now_ns when *batch was filled.
   int64_t TryTake(uint32_t instance, int64_t now_ns, Batch* batch);
 
-  // The batch of `instance` ended after run_ns. ok = false leaves the run-time model alone.
+  // The batch of `instance` ended after run_ns. ok = false leaves the run-time model alone. Before its next Take.
   void Finished(uint32_t instance, uint32_t rows, int64_t run_ns, bool ok, int64_t now_ns);
 
-  // With preserve_ordering: hands a finished request over and fills *ready with those that may leave now, in arrival
-  // order; otherwise *ready gets just this one.
+  // With preserve_ordering: hands a finished (or dropped) request over and appends to *ready those that may leave now,
+  // in arrival order; otherwise *ready gets just this one.
   void Release(Request* request, std::vector<Request*>* ready);
+
+  // Order is lost if two threads that were told what may leave post it in another order than they were told. So with
+  // preserve_ordering a Turn is held from before Release or Remove until *ready is in its outboxes. Costs nothing
+  // without.
+  class Turn {
+   public:
+    explicit Turn(BatchQueue& queue) {
+      if (queue.ordered_) lock_.emplace(queue.turn_mutex_);
+    }
+
+   private:
+    std::optional<RankedLock<LockRank::kAnswerOrder>> lock_;
+  };
 
   // No more requests are taken; Take drains what waits and then returns false.
   void Close();
@@ -74,6 +101,9 @@ class BatchQueue {
 
  private:
   struct Impl;
+
+  const bool ordered_;
+  RankedMutex<LockRank::kAnswerOrder> turn_mutex_;
   std::unique_ptr<Impl> impl_;
 };
 

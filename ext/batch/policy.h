@@ -4,6 +4,10 @@
 // not below the knee of the throughput curve: from there on it is cheaper to fail one request than to run everybody in
 // small, inefficient batches (the drop rule that decides goodput above saturation). Holding a batch open for company
 // happens only where an operator asked for it (max_queue_delay_microseconds).
+//
+// What counts as in time: a request that has half of its time left is given the typical run time, later it must be safe
+// by the 99th percentile. The tail alone would be a trap: on a busy machine one run in fifty may be stalled past any
+// deadline, and a rule that knows only the tail would then refuse the 49 that can be served.
 #pragma once
 
 #include <algorithm>
@@ -88,40 +92,65 @@ constexpr uint32_t Rank(uint32_t list, int64_t in_list_since_ns, int64_t aging_n
 // ---- plan -------------------------------------------------------------------------------------------------------------
 
 struct PlanLimits {
-  int64_t max_delay_ns = 0;         // longest hold for company; 0: never hold
-  uint32_t preferred_rows = 0;      // the least preferred batch size; reaching it ends a hold; 0: none
+  int64_t max_delay_ns = 0;     // longest hold for company; 0: never hold
+  uint32_t preferred_rows = 0;  // the least preferred batch size; reaching it ends a hold; 0: none
 };
 
 struct Candidate {
   uint32_t rows = 0;
-  int64_t due_ns = kNever;
+  int64_t due_ns = kNever;  // when the answer is too late
+  int64_t half_ns = 0;      // when half of its time has passed: from then on the tail of the run time counts
 };
 
 struct PlanView {
   // The requests that would share the next batch, in the order of service: none cancelled or expired, all of one shape,
   // together at most the cap (a head larger than the cap stands alone).
   std::span<const Candidate> candidates;
-  bool all_waiting = true;          // nothing else waits, so company could only come from outside
-  bool draining = false;            // nothing new will come
+  bool all_waiting = true;           // nothing else waits, so company could only come from outside
+  bool draining = false;             // nothing new will come
   int64_t head_arrived_ns = 0;
-  int64_t last_start_ns = 0;        // when a batch of this shape last started
+  int64_t start_by_ns = kNever;      // the first queue timeout among them: a hold ends before it
+  int64_t last_start_ns = 0;         // when a batch of this shape last started
   int64_t expected_gap_ns = kNever;  // to the next arrival
-  bool other_work = false;          // somebody else on this node could use the core
+  bool other_work = false;           // somebody else on this node could use the core
 };
 
 enum class Action : uint8_t { kIdle, kDrop, kHold, kDispatch };
 
 struct Decision {
   Action action = Action::kIdle;
-  uint32_t count = 0;      // kDispatch: how many candidates, from the first; kDrop: which one, by index
-  bool probe = false;      // kDispatch: against the prediction, to find out whether it still holds
+  uint32_t count = 0;         // kDispatch: how many candidates, from the first
+  uint32_t index = 0;         // kDrop: which candidate
+  bool probe = false;         // kDispatch: against the prediction, to find out whether it still holds
   int64_t until_ns = kNever;  // kHold: ask again then; always in the future
-  int64_t need_ns = 0;     // kDrop: the run time that it did not have left
 };
 
 // A prediction that forbids all work can never be proved wrong. So when nothing of a shape has run for this long, its
 // head runs whatever the prediction says: at most a tenth of an instance that would otherwise stand still.
 constexpr int64_t ProbePauseNs(int64_t l99_ns) { return std::max<int64_t>(10'000'000, SaturatingMul(10, l99_ns)); }
+
+// The deadlines of some candidates, as far as a batch of them must heed them.
+struct Dues {
+  int64_t typical_ns = kNever;  // the first of those with half of their time left
+  int64_t tail_ns = kNever;     // the first of the others
+
+  constexpr void Add(const Candidate& candidate, int64_t now_ns) {
+    int64_t& due_ns = now_ns < candidate.half_ns ? typical_ns : tail_ns;
+    due_ns = std::min(due_ns, candidate.due_ns);
+  }
+  constexpr int64_t First() const { return std::min(typical_ns, tail_ns); }
+  // Whether a run of `rows` that starts now ends in time for all of them.
+  constexpr bool Allow(const Prediction& prediction, uint32_t rows, int64_t now_ns) const {
+    return SaturatingAdd(now_ns, prediction.L50(rows) + kSlackNs) <= typical_ns &&
+           SaturatingAdd(now_ns, prediction.L99(rows) + kSlackNs) <= tail_ns;
+  }
+};
+
+constexpr Dues DuesOf(const Candidate& candidate, int64_t now_ns) {
+  Dues dues;
+  dues.Add(candidate, now_ns);
+  return dues;
+}
 
 // Same arguments, same answer. An instance is free. kIdle only without candidates; a kDrop makes the caller fail that
 // one request and ask again; a kHold lies in the future and never lets a candidate become late.
@@ -130,42 +159,39 @@ constexpr Decision Plan(const PlanLimits& limits, const Prediction& prediction, 
   const auto count = static_cast<uint32_t>(all.size());
   if (count == 0) return {};
   uint32_t rows = 0;
-  int64_t min_due_ns = kNever;
+  Dues dues;
   for (const Candidate& candidate : all) {
     rows += candidate.rows;
-    min_due_ns = std::min(min_due_ns, candidate.due_ns);
+    dues.Add(candidate, now_ns);
   }
-  const auto in_time = [&](uint32_t run_rows, int64_t due_ns) {
-    return SaturatingAdd(now_ns, prediction.L99(run_rows) + kSlackNs) <= due_ns;
-  };
 
-  uint32_t taken = count;
-  if (prediction.trusted && !in_time(rows, min_due_ns)) {
+  if (prediction.trusted && !dues.Allow(prediction, rows, now_ns)) {
     // The shortest batch that is worth running: up to the knee, in whole requests.
     const uint32_t worth = std::min(rows, prediction.knee);
     uint32_t least = 0;
     uint32_t least_rows = 0;
-    int64_t due_ns = kNever;
+    Dues least_dues;
     while (least < count && (least == 0 || least_rows < worth)) {
       least_rows += all[least].rows;
-      due_ns = std::min(due_ns, all[least].due_ns);
+      least_dues.Add(all[least], now_ns);
       ++least;
     }
-    if (!in_time(least_rows, due_ns)) {
-      if (now_ns - view.last_start_ns >= ProbePauseNs(prediction.L99(all[0].rows)) && !in_time(all[0].rows, all[0].due_ns)) {
+    if (!least_dues.Allow(prediction, least_rows, now_ns)) {
+      if (now_ns - view.last_start_ns >= ProbePauseNs(prediction.L99(all[0].rows)) &&
+          !DuesOf(all[0], now_ns).Allow(prediction, all[0].rows, now_ns)) {
         return {.action = Action::kDispatch, .count = 1, .probe = true};
       }
       uint32_t late = 0;
-      while (in_time(least_rows, all[late].due_ns)) ++late;
-      return {.action = Action::kDrop, .count = late, .need_ns = prediction.L99(least_rows)};
+      while (DuesOf(all[late], now_ns).Allow(prediction, least_rows, now_ns)) ++late;
+      return {.action = Action::kDrop, .index = late};
     }
-    // It is: as much of the rest as keeps everybody in time.
-    taken = least;
+    // It is: and as much of the rest as keeps everybody in time.
+    uint32_t taken = least;
     uint32_t run_rows = least_rows;
-    for (uint32_t i = least; i < count; ++i) {
-      run_rows += all[i].rows;
-      due_ns = std::min(due_ns, all[i].due_ns);
-      if (in_time(run_rows, due_ns)) taken = i + 1;
+    for (; taken < count; ++taken) {
+      run_rows += all[taken].rows;
+      least_dues.Add(all[taken], now_ns);
+      if (!least_dues.Allow(prediction, run_rows, now_ns)) break;
     }
     return {.action = Action::kDispatch, .count = taken};
   }
@@ -177,8 +203,12 @@ constexpr Decision Plan(const PlanLimits& limits, const Prediction& prediction, 
     // knee, and either another arrival costs less than the fixed part of a run that it saves, or others use the core.
     const bool pays = !prediction.trusted || (rows < prediction.knee && (view.other_work ||
                                                                          view.expected_gap_ns < prediction.beta_ns));
-    int64_t until_ns = SaturatingAdd(view.head_arrived_ns, limits.max_delay_ns);
-    if (min_due_ns != kNever) until_ns = std::min(until_ns, min_due_ns - prediction.L99(rows + 1) - kSlackNs);
+    int64_t until_ns = std::min(SaturatingAdd(view.head_arrived_ns, limits.max_delay_ns), view.start_by_ns);
+    if (dues.First() != kNever) {
+      // By the tail for all: while the batch is held, half of their time may pass.
+      const int64_t run_ns = std::max(prediction.L99(rows), prediction.L99(rows + 1));
+      until_ns = std::min(until_ns, dues.First() - run_ns - kSlackNs);
+    }
     if (pays && now_ns < until_ns) return {.action = Action::kHold, .until_ns = until_ns};
   }
   return {.action = Action::kDispatch, .count = count};

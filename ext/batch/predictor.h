@@ -4,11 +4,11 @@
 // Per size (1, 2, 4 .. largest batch) it keeps a moving average (l50) and the 99th percentile of the last 100 runs
 // (l99). A run between two sizes counts for the upper one, scaled along the present curve. Sizes that have not been seen
 // are assumed to be as fast as the seen ones allow: so they are tried, and then known. Knee, cap and beta are refitted
-// once a second.
+// once a second, and say nothing before the prediction is trusted.
 //
 // Two things keep one bad stretch (a page fault, a neighbour) from being believed for ever: a size that does not run
-// while others do forgets the older half of its tail every second, and a probe (policy.h) that takes less than half the predicted time
-// starts the whole curve anew.
+// while others do forgets the older half of its tail every second, and a probe (policy.h) that takes less than half the
+// predicted time starts the whole curve anew.
 #pragma once
 
 #include <algorithm>
@@ -37,8 +37,8 @@ class Predictor {
   // Times the cap gave way to a model that does not keep its predictions.
   uint64_t cap_cuts() const { return cap_cuts_; }
   // 0 where nothing was measured, unlike the prediction.
-  int64_t MeasuredL50(int size) const { return Cell_(size).n > 0 ? prediction_.l50_ns[static_cast<size_t>(size)] : 0; }
-  int64_t MeasuredL99(int size) const { return Cell_(size).n > 0 ? prediction_.l99_ns[static_cast<size_t>(size)] : 0; }
+  int64_t MeasuredL50(int size) const { return Measured(size) ? prediction_.l50_ns[static_cast<size_t>(size)] : 0; }
+  int64_t MeasuredL99(int size) const { return Measured(size) ? prediction_.l99_ns[static_cast<size_t>(size)] : 0; }
 
   // A batch of `rows` took run_ns and ended at now_ns. `probe`: it ran against the prediction.
   void Observe(uint32_t rows, int64_t run_ns, bool probe, int64_t now_ns) {
@@ -51,8 +51,9 @@ class Predictor {
     Judge(expected_ns, run_ns);
     ++runs_;
     Fill();
-    if (runs_ == kTrustedRuns || now_ns - refit_ns_ >= kRefitNs) Refit(now_ns);
-    prediction_.trusted = runs_ >= kTrustedRuns;
+    if (runs_ < kTrustedRuns) return;
+    if (!prediction_.trusted || now_ns - refit_ns_ >= kRefitNs) Refit(now_ns);
+    prediction_.trusted = true;
   }
 
   // As new, for another shape; keeps its memory.
@@ -70,6 +71,8 @@ class Predictor {
 
  private:
   static constexpr uint32_t kTail = 100;  // runs that the p99 looks back on
+  // Half of them, so that a lone stall is not taken for the p99 once the older half is forgotten.
+  static constexpr uint32_t kTwoLargest = kTail / 2;
   static constexpr int64_t kRefitNs = 1'000'000'000;
   static constexpr uint64_t kFadingRuns = 16;
 
@@ -80,7 +83,7 @@ class Predictor {
     uint32_t average_n = 0;
     bool ran = false;      // since the last refit
     int64_t average_ns = 0;
-    // The two largest of the tail: of 100 runs the second is the p99, of fewer the first.
+    // The two largest of the tail: from kTwoLargest runs on the second is the p99, of fewer the first.
     int64_t first_ns = 0;
     int64_t second_ns = 0;
     std::array<int64_t, kTail> tail{};
@@ -101,7 +104,7 @@ class Predictor {
       average_ns += (tame - average_ns) / static_cast<int64_t>(average_n);
       ran = true;
     }
-    int64_t P99() const { return std::max(n == kTail ? second_ns : first_ns, average_ns); }
+    int64_t P99() const { return std::max(n >= kTwoLargest ? second_ns : first_ns, average_ns); }
     void ForgetOlderHalf() {
       // Kept: the newer n / 2. A single run is forgotten too, and with it the size.
       const uint32_t keep = n / 2;
@@ -129,7 +132,7 @@ class Predictor {
     }
   };
 
-  const Cell& Cell_(int size) const { return cells_[static_cast<size_t>(size)]; }
+  bool Measured(int size) const { return cells_[static_cast<size_t>(size)].n > 0; }
 
   void Forget() {
     for (Cell& cell : cells_) cell = Cell();
@@ -218,7 +221,7 @@ class Predictor {
   int64_t FitBeta() const {
     double n = 0, sx = 0, sy = 0, sxx = 0, sxy = 0;
     for (int i = 0; i < prediction_.n; ++i) {
-      if (Cell_(i).n == 0) continue;
+      if (!Measured(i)) continue;
       const double x = Size(i);
       const auto y = static_cast<double>(prediction_.l50_ns[static_cast<size_t>(i)]);
       // Relative errors count, so that the large batches do not drown the small ones where beta shows.
@@ -254,9 +257,13 @@ class Predictor {
     return static_cast<double>(std::max<int64_t>(prediction_.l50_ns[static_cast<size_t>(i)], 1));
   }
 
-  // The most rows with 2 * l99 <= slo: a request that just missed a batch waits for one run and then has its own.
+  // The most rows with 2 * l99 <= slo: a request that just missed a batch waits for one run and then has its own. Where
+  // not even one row keeps that, smaller batches would not help against the tail, and the typical run decides.
   uint32_t FitCap() const {
-    const auto keeps = [&](uint32_t rows) { return SaturatingMul(2, prediction_.L99(rows)) <= slo_ns_; };
+    const bool by_tail = SaturatingMul(2, prediction_.L99(1)) <= slo_ns_;
+    const auto keeps = [&](uint32_t rows) {
+      return SaturatingMul(2, by_tail ? prediction_.L99(rows) : prediction_.L50(rows)) <= slo_ns_;
+    };
     for (int i = prediction_.n - 1; i >= 0; --i) {
       uint32_t rows = prediction_.sizes[static_cast<size_t>(i)];
       if (!keeps(rows)) continue;

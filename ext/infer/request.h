@@ -20,6 +20,7 @@
 #include "util/clock.h"
 #include "util/live.h"
 #include "util/status.h"
+#include "util/timer_wheel.h"
 
 namespace tidegate {
 
@@ -39,6 +40,12 @@ struct InputView {
   const std::byte* data = nullptr;
   size_t bytes = 0;
   Dims dims;  // as sent, batch dimension included
+};
+
+struct Request;
+
+struct RequestTimer : TimerNode {
+  Request* request = nullptr;
 };
 
 struct RequestTimes {
@@ -79,6 +86,7 @@ struct Request {
   bool done = false;                 // back from the queue or executor; the I/O thread's alone
   Reason abandoned = Reason::kOk;    // why nobody waits for the answer any more; the I/O thread's alone
   int64_t charged_bytes = 0;         // of the node's byte budget; the I/O thread's alone
+  RequestTimer expiry;               // set while the queue's timeouts may take it; the I/O thread's alone
   bool in_stream = false;  // ModelStreamInfer: reply is a ModelStreamInferResponse and errors travel inside it
 
   // -- links, used by whoever holds the request ------------------------------------------------------------------------

@@ -37,6 +37,7 @@ class Version::Executor {
     Batch batch;
     while (version_.queue_.Take(index_, &batch)) {
       for (Request* request : batch.dropped) HandBack(request);
+      if (!batch.dropped.empty()) Flush();  // they have waited for long enough
       if (!batch.requests.empty()) {
         const int64_t began_ns = NowNs();
         for (Request* request : batch.requests) request->times.dispatched_ns = began_ns;
@@ -44,8 +45,6 @@ class Version::Executor {
         Flush();
         // Once per Take, and after the answers have left: they matter more than the queue's bookkeeping.
         version_.queue_.Finished(index_, batch.rows, first.run_ns, first.ok, NowNs());
-      } else {
-        Flush();
       }
     }
     ended_.store(true, std::memory_order_release);
@@ -124,13 +123,11 @@ class Version::Executor {
 
   // Collects an answer for its I/O thread; nobody else may touch the request from Flush on.
   void HandBack(Request* request) {
-    if (!version_.batching_.preserve_ordering) {
+    if (version_.batching_.preserve_ordering) {
+      finished_.push_back(request);
+    } else {
       Collect(request);
-      return;
     }
-    ready_.clear();
-    version_.queue_.Release(request, &ready_);
-    for (Request* ready : ready_) Collect(ready);
   }
 
   void Collect(Request* request) {
@@ -145,6 +142,11 @@ class Version::Executor {
   }
 
   void Flush() {
+    BatchQueue::Turn turn(version_.queue_);
+    for (Request* request : finished_) version_.queue_.Release(request, &ready_);
+    for (Request* request : ready_) Collect(request);
+    finished_.clear();
+    ready_.clear();
     for (auto& [home, list] : done_) home->PostDone(&list);
   }
 
@@ -153,7 +155,8 @@ class Version::Executor {
   Instance& instance_;
   ExecutorShard& shard_;
   std::vector<std::pair<Outbox*, RequestList>> done_;  // one entry per I/O thread met so far
-  std::vector<Request*> ready_;
+  std::vector<Request*> finished_;  // preserve_ordering: finished and not yet released
+  std::vector<Request*> ready_;     // of those and others: whose turn it is
   std::atomic<bool> ended_{false};
   std::thread thread_;
 };

@@ -8,6 +8,7 @@ namespace tidegate {
 
 enum class LockRank : int {
   kRouteTableWriter = 10,
+  kAnswerOrder = 15,  // the turn of answers that must leave in order (preserve_ordering)
   kBatchQueue = 20,
   kNodeLoad = 25,  // taken by a queue that thinks about holding a batch
   kOutbox = 30,
