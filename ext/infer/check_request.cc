@@ -116,7 +116,7 @@ bool CheckShape(const ModelSpec& spec, const TensorSpec& tensor, const ParsedInp
   if (fits) [[likely]] {
     for (int k = first; k < want.rank; ++k) {
       const int64_t dim = have.d[k];
-      fits &= dim == want.d[k] || (want.d[k] == -1 && dim >= 0);
+      fits &= dim >= 0 && (dim == want.d[k] || want.d[k] == -1);
       empty |= dim == 0;
       overflows |= dim > 0 && __builtin_mul_overflow(per_row, dim, &per_row);
     }
