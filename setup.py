@@ -378,6 +378,8 @@ def adopted_line(line: str, up: str) -> str:
 class BuildNative(build_ext):
     def run(self) -> None:
         os.chdir(ROOT)
+        # The base class clears `inplace` while it builds.
+        self._is_in_place = bool(self.inplace)
         with build_lock():
             generate_protos()
             super().run()
@@ -386,7 +388,8 @@ class BuildNative(build_ext):
         if os.environ.get("TIDEGATE_NATIVE") == "0":
             say(f"TIDEGATE_NATIVE=0: {ext.name} is left out")
             return
-        output = Path(os.path.relpath(self.get_ext_fullpath(ext.name), ROOT))
+        name = self.get_ext_filename(ext.name)
+        output = Path(name) if self._is_in_place else Path(os.path.relpath(self.get_ext_fullpath(ext.name), ROOT))
         if not chosen_flavour().is_release:
             output = chosen_flavour().folder / "server" / output.name
         build_module(output)

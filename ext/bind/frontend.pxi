@@ -19,8 +19,9 @@ from frontend cimport (
 FrontendSettings = namedtuple(
     "FrontendSettings",
     "host port io_threads max_message_bytes max_inflight_bytes max_connections max_streams keepalive_time_s"
-    " keepalive_timeout_s handshake_timeout_s max_connection_age_s max_connection_age_grace_s max_connection_idle_s",
-    defaults=("127.0.0.1", 8001, 1, 64 << 20, 256 << 20, 10_000, 1_000, 7200.0, 20.0, 10.0, 0.0, 30.0, 0.0),
+    " keepalive_timeout_s handshake_timeout_s max_connection_age_s max_connection_age_grace_s max_connection_idle_s"
+    " stall_timeout_s",
+    defaults=("127.0.0.1", 8001, 1, 64 << 20, 256 << 20, 10_000, 1_000, 7200.0, 20.0, 10.0, 0.0, 30.0, 0.0, 30.0),
 )
 SlowEvent = namedtuple("SlowEvent", "call kind payload")
 
@@ -48,6 +49,7 @@ cdef c_FrontendSettings to_frontend_settings(object given) except *:
     settings.max_connection_age_ns = to_ns(given.max_connection_age_s)
     settings.max_connection_age_grace_ns = to_ns(given.max_connection_age_grace_s)
     settings.max_connection_idle_ns = to_ns(given.max_connection_idle_s)
+    settings.stall_timeout_ns = to_ns(given.stall_timeout_s)
     return settings
 
 

@@ -7,7 +7,7 @@ from libcpp.pair cimport pair
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from instance cimport byte
+from codec cimport c_byte
 from serving cimport c_Version
 from status cimport Status
 
@@ -40,6 +40,7 @@ cdef extern from "net/frontend_settings.h" namespace "tidegate" nogil:
         int64_t max_connection_age_ns
         int64_t max_connection_age_grace_ns
         int64_t max_connection_idle_ns
+        int64_t stall_timeout_ns
 
 
 cdef extern from "slow/slow_queue.h" namespace "tidegate" nogil:
@@ -59,7 +60,7 @@ cdef extern from "slow/slow_queue.h" namespace "tidegate" nogil:
     cdef cppclass c_SlowEvent "tidegate::SlowEvent":
         shared_ptr[c_SlowCall] call
         SlowKind kind
-        vector[byte] payload
+        vector[c_byte] payload
 
     cdef cppclass SlowQueue:
         bool Pop(double timeout_s, c_SlowEvent* event) except +

@@ -6,7 +6,7 @@ from libcpp.string cimport string
 from libcpp.string_view cimport string_view
 from libcpp.vector cimport vector
 
-from batch_queue cimport BatchSettings, QueueView
+from batch_settings cimport BatchSettings, QueueView
 from instance cimport Instance
 from model_spec cimport DataType, Dims, ModelSpec
 from status cimport Status
