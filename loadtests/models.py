@@ -1,8 +1,12 @@
-"""The ONNX models that the scenarios serve. Weights are random with a fixed seed; axis 0 of every tensor is the batch."""
+"""The ONNX models that the scenarios serve.
+
+Weights are random with a fixed seed; axis 0 of every tensor is the batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +41,7 @@ def identity(width: int = 16) -> onnx.ModelProto:
 
 def plus(number: float, width: int = 16) -> onnx.ModelProto:
     """x [batch, width] -> y = x + number: versions that can be told apart by every answer."""
-    constant = numpy_helper.from_array(np.float32(number).reshape(()), "number")
+    constant = numpy_helper.from_array(np.array(number, np.float32), "number")
     return _model("plus", [helper.make_node("Add", ["x", "number"], ["y"])], [constant], [width], [width])
 
 
@@ -49,7 +53,7 @@ def dense(sizes: Sequence[int], *, seed: int = 7, bias: float | None = None) -> 
     random = np.random.default_rng(seed)
     nodes, weights, here = [], [], "x"
     last = len(sizes) - 2
-    for layer, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for layer, (n_in, n_out) in enumerate(pairwise(sizes)):
         matrix = random.standard_normal((n_in, n_out), dtype=np.float32) * np.float32(np.sqrt(2.0 / n_in))
         vector = random.standard_normal(n_out, dtype=np.float32) * np.float32(0.1)
         if bias is not None:
@@ -68,9 +72,33 @@ def mlp() -> onnx.ModelProto:
     return dense((64, 256, 256, 10))
 
 
-def stack(layers: int, width: int = 512) -> onnx.ModelProto:
-    """A compute-bound model: `layers` square layers between an input of 16 and an output of 16 numbers."""
-    return dense((16, *[width] * (layers + 1), 16))
+def stack(layers: int, *, tokens: int = 16, width: int = 256, seed: int = 5) -> onnx.ModelProto:
+    """A compute-bound model x [batch, 16] -> y [batch, 16]: each row becomes `tokens` vectors, as in a transformer.
+
+    `layers` square layers work on [batch, tokens, width]. A layer's weights (256 KiB) stay in the caches, so that the
+    time of a row is arithmetic and hardly depends on what else uses the machine's memory.
+    """
+    random = np.random.default_rng(seed)
+
+    def matrix(name: str, n_in: int, n_out: int, gain: float) -> onnx.TensorProto:
+        values = random.standard_normal((n_in, n_out), dtype=np.float32) * np.float32(np.sqrt(gain / n_in))
+        return numpy_helper.from_array(values, name)
+
+    shape = numpy_helper.from_array(np.array([0, tokens, width], np.int64), "shape")
+    weights = [matrix("w_in", 16, tokens * width, 1.0), shape, matrix("w_out", width, 16, 1.0)]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w_in"], ["flat"]),
+        helper.make_node("Reshape", ["flat", "shape"], ["h0"]),
+    ]
+    for layer in range(layers):
+        bias = random.standard_normal(width, dtype=np.float32) * np.float32(0.1)
+        weights += [matrix(f"w{layer}", width, width, 2.0), numpy_helper.from_array(bias, f"b{layer}")]
+        nodes.append(helper.make_node("MatMul", [f"h{layer}", f"w{layer}"], [f"m{layer}"]))
+        nodes.append(helper.make_node("Add", [f"m{layer}", f"b{layer}"], [f"a{layer}"]))
+        nodes.append(helper.make_node("Relu", [f"a{layer}"], [f"h{layer + 1}"]))
+    nodes.append(helper.make_node("ReduceMean", [f"h{layers}"], ["mean"], axes=[1], keepdims=0))
+    nodes.append(helper.make_node("MatMul", ["mean", "w_out"], ["y"]))
+    return _model("stack", nodes, weights, [16], [16])
 
 
 def image() -> onnx.ModelProto:

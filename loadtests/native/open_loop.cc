@@ -1,8 +1,9 @@
 // An open-loop load generator for unary gRPC calls over HTTP/2 in the clear.
 //
-// Requests fall due at the times of a Poisson process and are sent then, whatever has come back: unlike a closed loop it
-// offers more than a server can take, and shows the queueing that users would see. Latency counts from when a request was
-// due, not from when it was sent, so a generator that falls behind cannot hide it. A request that leaves later than
+// Requests fall due at the times of a Poisson process and are sent then, whatever has come back: unlike a closed loop
+// it offers more than a server can take, and shows the queueing that users would see. Latency counts from when a
+// request was due, not from when it was sent, so a generator that falls behind cannot hide it. A request that leaves
+// later than
 // --late-us after it was due is counted as late; a run with more than 1 % of them says nothing about the server.
 //
 // Threads    One. It owns every connection and every request.
@@ -44,7 +45,7 @@ namespace {
 constexpr int64_t kSecondNs = 1'000'000'000;
 // Latencies are kept as they are (4 bytes each), which bounds a run at 160 MB.
 constexpr uint64_t kMostRequests = 40'000'000;
-constexpr int kStatuses = 17;       // gRPC's 0 to 16
+constexpr int kStatuses = 17;         // gRPC's 0 to 16
 constexpr int kNoStatus = kStatuses;  // the stream ended without one
 
 int64_t NowNs() {
@@ -165,19 +166,23 @@ class Generator {
     getrusage(RUSAGE_SELF, &usage);
     const double cpu_s = static_cast<double>(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
                          static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
-    std::printf("{\"rate\": %.3f, \"duration_s\": %.3f, \"wall_s\": %.6f, \"cpu_s\": %.3f, \"connections\": %d", options_.rate,
-                options_.duration_s, static_cast<double>(finished_ns_ - began_ns_) / 1e9, cpu_s, options_.connections);
+    std::printf("{\"rate\": %.3f, \"duration_s\": %.3f, \"wall_s\": %.6f, \"cpu_s\": %.3f, \"connections\": %d",
+                options_.rate, options_.duration_s, static_cast<double>(finished_ns_ - began_ns_) / 1e9, cpu_s,
+                options_.connections);
     std::printf(", \"connections_lost\": %d, \"requests\": %llu, \"ok\": %llu, \"unanswered\": %llu",
                 options_.connections - alive_, static_cast<unsigned long long>(requests_),
                 static_cast<unsigned long long>(all_ok_), static_cast<unsigned long long>(inflight_));
     const Totals& t = totals_;
-    std::printf(", \"measured\": {\"due\": %llu, \"sent\": %llu, \"late\": %llu, \"late_share\": %.6f, \"answered\": %llu",
-                static_cast<unsigned long long>(t.due), static_cast<unsigned long long>(t.sent),
-                static_cast<unsigned long long>(t.late), t.sent ? static_cast<double>(t.late) / static_cast<double>(t.sent) : 0.0,
-                static_cast<unsigned long long>(t.answered));
-    std::printf(", \"in_deadline\": %llu, \"cancelled\": %llu, \"http_errors\": %llu, \"not_offered\": %llu, \"by_status\": {",
-                static_cast<unsigned long long>(t.in_deadline), static_cast<unsigned long long>(t.cancelled),
-                static_cast<unsigned long long>(t.http_errors), static_cast<unsigned long long>(t.not_offered));
+    std::printf(
+        ", \"measured\": {\"due\": %llu, \"sent\": %llu, \"late\": %llu, \"late_share\": %.6f, \"answered\": %llu",
+        static_cast<unsigned long long>(t.due), static_cast<unsigned long long>(t.sent),
+        static_cast<unsigned long long>(t.late),
+        t.sent ? static_cast<double>(t.late) / static_cast<double>(t.sent) : 0.0,
+        static_cast<unsigned long long>(t.answered));
+    std::printf(
+        ", \"in_deadline\": %llu, \"cancelled\": %llu, \"http_errors\": %llu, \"not_offered\": %llu, \"by_status\": {",
+        static_cast<unsigned long long>(t.in_deadline), static_cast<unsigned long long>(t.cancelled),
+        static_cast<unsigned long long>(t.http_errors), static_cast<unsigned long long>(t.not_offered));
     const char* comma = "";
     for (int status = 0; status <= kStatuses; ++status) {
       if (t.by_status[static_cast<size_t>(status)] == 0) continue;
@@ -357,8 +362,8 @@ class Generator {
     connection.dirty = false;
     for (;;) {
       while (connection.out_at < connection.out.size()) {
-        const ssize_t wrote =
-            send(connection.fd, connection.out.data() + connection.out_at, connection.out.size() - connection.out_at, MSG_NOSIGNAL);
+        const ssize_t wrote = send(connection.fd, connection.out.data() + connection.out_at,
+                                   connection.out.size() - connection.out_at, MSG_NOSIGNAL);
         if (wrote < 0) {
           if (errno == EINTR) continue;
           if (errno != EAGAIN && errno != EWOULDBLOCK) Lose(connection);
@@ -490,8 +495,10 @@ class Generator {
     };
     double sum = 0;
     for (const float one : us) sum += one;
-    std::printf("{\"count\": %zu, \"mean\": %.1f, \"p50\": %.0f, \"p90\": %.0f, \"p99\": %.0f, \"p99_9\": %.0f, \"max\": %.0f}",
-                us.size(), us.empty() ? 0.0 : sum / static_cast<double>(us.size()), at(0.5), at(0.9), at(0.99), at(0.999), at(1));
+    std::printf(
+        "{\"count\": %zu, \"mean\": %.1f, \"p50\": %.0f, \"p90\": %.0f, \"p99\": %.0f, \"p99_9\": %.0f, \"max\": %.0f}",
+        us.size(), us.empty() ? 0.0 : sum / static_cast<double>(us.size()), at(0.5), at(0.9), at(0.99), at(0.999),
+        at(1));
   }
 
   const Options options_;
