@@ -48,7 +48,7 @@ class Session:
     def outputs(self) -> list[TensorInfo]: ...
     def custom_metadata(self, key: str) -> str | None: ...
     def close(self) -> None:
-        """Gives the session up; its memory goes when the last Version that uses it is gone. Idempotent; whatever else is
+        """Gives the session up; its memory goes when the last Version that uses it is gone. Idempotent. Whatever else is
         asked of a closed session raises ValueError."""
 
 # For tests: what is declared of the library, and runs without queue and front end.
@@ -102,7 +102,7 @@ class Version:
     def retire(self, timeout_s: float) -> bool:
         """After the route table no longer names it: refuses new work, runs what waits, ends the executors, frees all
         and trims the heap. False when work had to be ended by force at the timeout (those requests got UNAVAILABLE).
-        The object is closed afterwards."""
+        The object is closed afterwards; statistics() still answers."""
     @property
     def memory_bytes(self) -> int:
         """Buffers of the instances."""
@@ -117,7 +117,7 @@ class Histogram(NamedTuple):
 
 class BatchStatistics(NamedTuple):
     batch_size: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method has this name
     compute_input_ns: int
     compute_infer_ns: int
     compute_output_ns: int
@@ -135,6 +135,8 @@ class VersionStatistics(NamedTuple):
     compute_output_ns: int
     inference_count: int  # rows
     execution_count: int  # batches
+    bytes_gathered: int  # copied into batch buffers
+    bisections: int  # batches that failed and were run again in halves
     pending: int
     failures: Mapping[str, int]  # REJECTED, CANCELED, BACKEND, OTHER
     shed: Mapping[str, int]  # by Reason name: QUEUE_FULL, TOO_LATE, DEADLINE_PASSED
@@ -239,3 +241,141 @@ def encode_infer_response(
 def encode_stream_error(model_name: bytes, model_version: bytes, request_id: bytes, message: bytes) -> bytes: ...
 def gather_input(bodies: Sequence[bytes], settings: ModelSettings, index: int) -> bytes:
     """Input `index` of several checked requests, one after another."""
+
+# -- batching, for tests, simulation and tuning ------------------------------------------------------------------------
+
+NEVER: int  # a time that does not come
+SLACK_NS: int  # what the wire takes after a run
+TRUSTED_RUNS: int  # measured runs before a prediction may refuse or drop anything
+
+class Prediction(NamedTuple):
+    """Run time by rows, as far as it is known: linear between the sizes."""
+
+    sizes: tuple[int, ...]  # 1, 2, 4 .. largest batch
+    l50_ns: tuple[int, ...]
+    l99_ns: tuple[int, ...]
+    beta_ns: int  # what a run costs before its first row
+    knee: int  # least rows that reach 0.9 of the best throughput
+    cap: int  # most rows to put into a batch
+    trusted: bool
+
+class Decision(NamedTuple):
+    action: str  # "idle", "drop", "hold", "dispatch"
+    count: int  # dispatch: how many candidates, from the first
+    index: int  # drop: which candidate
+    probe: bool  # dispatch: against the prediction
+    until_ns: int  # hold
+
+class Admission(NamedTuple):
+    reason: str  # a name of server.errors.Reason; "OK": accepted
+    pushback_ns: int  # negative: a retry is not worth it
+
+def rank(list_index: int, listed_ns: int, aging_ns: int, now_ns: int) -> int:
+    """Which list is served first: the lowest. A level has two, 2 * level and behind it what DELAY has set back."""
+
+def probe_pause_ns(l99_ns: int) -> int:
+    """How long nothing of a shape must have run before a run against its prediction is tried."""
+
+def pushback_ms(pushback_ns: int) -> int: ...
+def plan(
+    prediction: Prediction,
+    candidates: Sequence[tuple[int, int, int]],
+    now_ns: int,
+    *,
+    max_delay_ns: int = 0,
+    preferred_rows: int = 0,
+    all_waiting: bool = True,
+    draining: bool = False,
+    head_arrived_ns: int = 0,
+    start_by_ns: int = ...,
+    last_start_ns: int = 0,
+    expected_gap_ns: int = ...,
+    other_work: bool = False,
+) -> Decision:
+    """What a free instance does. `candidates`: (rows, due_ns, half_ns) of those who would share the batch, in order."""
+
+def admit(
+    prediction: Prediction,
+    now_ns: int,
+    *,
+    rows: int = 1,
+    due_ns: int = ...,
+    half_ns: int = 0,
+    start_by_ns: int = ...,
+    waiting: int = 0,
+    max_waiting: int = 4096,
+    rows_ahead: int = 0,
+    requests_ahead: int = 0,
+    instances: int = 1,
+    idle: int = 1,
+    soonest_free_ns: int = 0,
+    max_rows: int = 1,
+    batching: bool = True,
+) -> Admission:
+    """Whether a request may join a queue."""
+
+class Predictor:
+    """Learns how long a batch takes by its rows. `slo_ns` 0: no target, and the cap is `max_rows`."""
+
+    def __init__(self, max_rows: int, slo_ns: int = 0) -> None: ...
+    def observe(self, rows: int, run_ns: int, now_ns: int, *, probe: bool = False) -> None:
+        """A batch of `rows` took `run_ns` and ended at `now_ns`."""
+    def reset(self) -> None:
+        """As new."""
+    @property
+    def prediction(self) -> Prediction: ...
+    def l50_ns(self, rows: int) -> int: ...
+    def l99_ns(self, rows: int) -> int: ...
+    @property
+    def measured_l50_ns(self) -> tuple[int, ...]:
+        """By size; 0 where nothing was measured."""
+    @property
+    def measured_l99_ns(self) -> tuple[int, ...]: ...
+    @property
+    def runs(self) -> int: ...
+    @property
+    def cap_cuts(self) -> int:
+        """Times the cap gave way to a model that does not keep its predictions."""
+
+class Arrival(NamedTuple):
+    """A request for a BatchQueue. `due_ns`: its grpc-timeout, as a time. Requests of one `shape` may share a batch."""
+
+    rows: int = 1
+    priority: int = 0
+    timeout_us: int = 0
+    due_ns: int = ...
+    shape: int = 0
+
+class Pushed(NamedTuple):
+    id: int
+    reason: str  # a name of server.errors.Reason; "OK": accepted
+    pushback_ms: int
+    message: str
+    expires_ns: int  # when it leaves the queue unrun if it still waits; the pusher sees to that
+
+class Taken(NamedTuple):
+    ids: tuple[int, ...]  # the batch
+    rows: int
+    dropped: tuple[tuple[int, str], ...]  # id and reason
+    again_ns: int  # when asking again makes sense, if there is nothing
+
+class BatchQueue:
+    """The queue of one version, driven by hand at given times: no thread, no clock."""
+
+    def __init__(self, settings: BatchSettings, instances: int = 1, *, beside: BatchQueue | None = None) -> None:
+        """`beside`: another queue of the same node, whose waiting requests count as other work."""
+    def push(self, arrivals: Sequence[Arrival], now_ns: int) -> list[Pushed]:
+        """What one round of an I/O thread brought; one result for each, in order."""
+    def cancel(self, request_id: int) -> None:
+        """Marks a request as an I/O thread does whose client has gone. KeyError for one that has come out."""
+    def remove(self, request_id: int) -> tuple[bool, list[int]]:
+        """Whether it still waited, and with preserve_ordering those whose turn has come by its going."""
+    def try_take(self, instance: int, now_ns: int) -> Taken:
+        """RuntimeError while the instance runs a batch."""
+    def finished(self, instance: int, run_ns: int, now_ns: int, *, ok: bool = True) -> None:
+        """The batch of `instance` has ended after `run_ns`. RuntimeError when it runs none."""
+    def release(self, request_id: int) -> list[int]:
+        """With preserve_ordering: hands over a request that was run or dropped. Returns those that may leave now."""
+    def close(self) -> None: ...
+    def view(self) -> dict[str, object]:
+        """waiting, waiting_rows, running_rows, knee, cap, l50_ns, l99_ns."""

@@ -17,6 +17,8 @@ class Buffer {
  public:
   // A cache line, and the widest vector register.
   static constexpr size_t kAlignment = 64;
+  // Half a TiB: no tensor of a request is that large, so more is a mistake in a shape.
+  static constexpr size_t kMost = size_t{1} << 39;
 
   // `allocator` null: the heap. Otherwise page-locked memory, for instance; it must outlive the buffer.
   explicit Buffer(ort::OrtAllocator* allocator = nullptr) : allocator_(allocator) {}
@@ -39,8 +41,8 @@ class Buffer {
   // capacity changes; then *moved is set.
   Status Reserve(size_t bytes, bool* moved) {
     if (bytes <= capacity_ && data_ != nullptr) return Status::Ok();
+    if (bytes > kMost) return TooLarge(bytes);
     const size_t wanted = bytes <= kAlignment ? kAlignment : (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    if (wanted < bytes) return TooLarge(bytes);
     Free();
     *moved = true;
     if (allocator_ == nullptr) {
@@ -57,9 +59,8 @@ class Buffer {
 
   // The same with room to spare, so that shapes that creep up do not move it each time.
   Status Grow(size_t bytes, bool* moved) {
-    constexpr size_t kLargest = size_t{1} << 62;
     if (bytes <= capacity_ && data_ != nullptr) return Status::Ok();
-    return Reserve(bytes > kLargest ? bytes : std::bit_ceil(bytes), moved);
+    return Reserve(bytes > kMost ? bytes : std::bit_ceil(bytes), moved);
   }
 
  private:
