@@ -1,8 +1,8 @@
 // Whether a request may join the queue: pure arithmetic, once per request, before it costs anything.
 //
-// A late answer is dearer than an early refusal: the client may go elsewhere, and the run is saved for one who can still
-// be served. But a prediction may be wrong, so it refuses nobody whom an idle instance would take now, and nobody before
-// it has seen kTrustedRuns runs of that shape.
+// A late answer is dearer than an early refusal: the client may go elsewhere, and the run is saved for one who can
+// still be served. But a prediction may be wrong, so it refuses nobody whom an idle instance would take now, and nobody
+// before it has seen kTrustedRuns runs of that shape.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ struct AdmissionView {
   uint32_t idle = 1;            // instances that run nothing
   int64_t soonest_free_ns = 0;  // when the first of the busy ones is predicted to end
   uint32_t max_rows = 1;
-  bool batching = true;         // false: every request is a batch of its own
+  bool batching = true;  // false: every request is a batch of its own
 };
 
 struct AdmissionRequest {
@@ -63,8 +63,8 @@ constexpr Admission Admit(const AdmissionView& view, const Prediction& predictio
   const int64_t run_ns = start_ns < request.half_ns ? prediction.L50(own_rows) : prediction.L99(own_rows);
   const int64_t end_ns = SaturatingAdd(start_ns, run_ns + kSlackNs);
   if (start_ns <= request.start_by_ns && end_ns <= request.due_ns) return {};
-  return {Reason::kTooLate, std::max(start_ns - std::min(request.start_by_ns, start_ns),
-                                     end_ns - std::min(request.due_ns, end_ns))};
+  return {Reason::kTooLate,
+          std::max(start_ns - std::min(request.start_by_ns, start_ns), end_ns - std::min(request.due_ns, end_ns))};
 }
 
 // Whole milliseconds for grpc-retry-pushback-ms, rounded up: 0 would mean at once. A minute is as good as "later".

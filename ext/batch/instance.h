@@ -23,8 +23,8 @@ class Instance {
   virtual ~Instance() = default;
 
   // Runs the requests as one batch. They share all non-batch dimensions; `rows` is their sum (1 for a model without
-  // batch dimension). Any failure is kModelRaised or kModelOutputInvalid: the requests were checked before. Fills *times
-  // in either case. Does not touch anything of a request but its inputs.
+  // batch dimension). Any failure is kModelRaised or kModelOutputInvalid: the requests were checked before. Fills
+  // *times in either case. Does not touch anything of a request but its inputs.
   virtual Status Run(std::span<Request* const> requests, uint32_t rows, RunTimes* times) = 0;
 
   // One view per ModelSpec::outputs, in that order.

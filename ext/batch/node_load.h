@@ -60,8 +60,8 @@ class NodeLoad {
     CPU_ZERO(&allowed);
     const int cores = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? std::max(CPU_COUNT(&allowed), 1) : 1;
     // The first look has nothing to compare with: not busy.
-    cpu_busy_ = measured_ns_ > 0 && static_cast<double>(cpu_ns - cpu_ns_) >
-                                        0.7 * cores * static_cast<double>(now_ns - measured_ns_);
+    cpu_busy_ = measured_ns_ > 0 &&
+                static_cast<double>(cpu_ns - cpu_ns_) > 0.7 * cores * static_cast<double>(now_ns - measured_ns_);
     measured_ns_ = now_ns;
     cpu_ns_ = cpu_ns;
     return cpu_busy_;

@@ -43,14 +43,14 @@ constexpr int64_t SaturatingMul(int64_t a, int64_t b) {
 
 // Run time by rows, as far as it is known. A plain value; predictor.h makes it.
 struct Prediction {
-  int n = 0;                               // sizes in use
+  int n = 0;                                // sizes in use
   std::array<uint32_t, kMaxSizes> sizes{};  // 1, 2, 4 .. largest batch, ascending
   std::array<int64_t, kMaxSizes> l50_ns{};  // typical run time
   std::array<int64_t, kMaxSizes> l99_ns{};  // run time that 99 of 100 runs keep
-  int64_t beta_ns = 0;                     // what a run costs before its first row
-  uint32_t knee = 1;                       // least rows that reach 0.9 of the best throughput
-  uint32_t cap = 1;                        // most rows to put into a batch
-  bool trusted = false;                    // kTrustedRuns have been measured
+  int64_t beta_ns = 0;                      // what a run costs before its first row
+  uint32_t knee = 1;                        // least rows that reach 0.9 of the best throughput
+  uint32_t cap = 1;                         // most rows to put into a batch
+  bool trusted = false;                     // kTrustedRuns have been measured
 
   constexpr int64_t L50(uint32_t rows) const { return At(l50_ns, rows); }
   constexpr int64_t L99(uint32_t rows) const { return At(l99_ns, rows); }
@@ -58,7 +58,7 @@ struct Prediction {
  private:
   // Linear between the sizes; 0 rows take no time.
   constexpr int64_t At(const std::array<int64_t, kMaxSizes>& times, uint32_t rows) const {
-    if (rows == 0 || n == 0) return 0;
+    if (rows == 0 || n <= 0) return 0;
     const int hi = std::min(static_cast<int>(std::bit_width(rows - 1)), n - 1);
     const auto h = static_cast<size_t>(hi);
     if (rows >= sizes[h] || hi == 0) return times[h];
@@ -78,18 +78,20 @@ constexpr Prediction UnknownPrediction(uint32_t max_rows) {
   return unknown;
 }
 
-// ---- order ------------------------------------------------------------------------------------------------------------
+// ---- order
+// ------------------------------------------------------------------------------------------------------------
 
 // A level keeps two lists: what waits in its turn and, behind it, what DELAY has set back. List 2 * level + delayed.
-// The rank orders lists, lowest first. Every `aging_ns` in a list lifts a request one level, so that the lowest level is
-// served at last however much arrives above it (aging_ns 0: strict order, the lowest may starve).
+// The rank orders lists, lowest first. Every `aging_ns` in a list lifts a request one level, so that the lowest level
+// is served at last however much arrives above it (aging_ns 0: strict order, the lowest may starve).
 constexpr uint32_t Rank(uint32_t list, int64_t in_list_since_ns, int64_t aging_ns, int64_t now_ns) {
   if (aging_ns <= 0 || now_ns <= in_list_since_ns) return list;
   const uint64_t lifts = static_cast<uint64_t>(now_ns - in_list_since_ns) / static_cast<uint64_t>(aging_ns);
   return lifts >= list ? 0 : list - std::min<uint32_t>(list, static_cast<uint32_t>(lifts) * 2);
 }
 
-// ---- plan -------------------------------------------------------------------------------------------------------------
+// ---- plan
+// -------------------------------------------------------------------------------------------------------------
 
 struct PlanLimits {
   int64_t max_delay_ns = 0;     // longest hold for company; 0: never hold
@@ -106,8 +108,8 @@ struct PlanView {
   // The requests that would share the next batch, in the order of service: none cancelled or expired, all of one shape,
   // together at most the cap (a head larger than the cap stands alone).
   std::span<const Candidate> candidates;
-  bool all_waiting = true;           // nothing else waits, so company could only come from outside
-  bool draining = false;             // nothing new will come
+  bool all_waiting = true;  // nothing else waits, so company could only come from outside
+  bool draining = false;    // nothing new will come
   int64_t head_arrived_ns = 0;
   int64_t start_by_ns = kNever;      // the first queue timeout among them: a hold ends before it
   int64_t last_start_ns = 0;         // when a batch of this shape last started
@@ -199,10 +201,11 @@ constexpr Decision Plan(const PlanLimits& limits, const Prediction& prediction, 
   // Everybody fits in time. Is company worth waiting for?
   const uint32_t full = limits.preferred_rows > 0 ? std::min(limits.preferred_rows, prediction.cap) : prediction.cap;
   if (limits.max_delay_ns > 0 && !view.draining && view.all_waiting && rows < full) {
-    // As long as run times are unknown the operator's word counts alone. Once they are known, a hold must pay: below the
-    // knee, and either another arrival costs less than the fixed part of a run that it saves, or others use the core.
-    const bool pays = !prediction.trusted || (rows < prediction.knee && (view.other_work ||
-                                                                         view.expected_gap_ns < prediction.beta_ns));
+    // As long as run times are unknown the operator's word counts alone. Once they are known, a hold must pay: below
+    // the knee, and either another arrival costs less than the fixed part of a run that it saves, or others use the
+    // core.
+    const bool pays = !prediction.trusted ||
+                      (rows < prediction.knee && (view.other_work || view.expected_gap_ns < prediction.beta_ns));
     int64_t until_ns = std::min(SaturatingAdd(view.head_arrived_ns, limits.max_delay_ns), view.start_by_ns);
     if (dues.First() != kNever) {
       // By the tail for all: while the batch is held, half of their time may pass.

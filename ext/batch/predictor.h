@@ -2,9 +2,9 @@
 // with their time in, a Prediction out. No clock, no lock; it allocates when it is made and never after.
 //
 // Per size (1, 2, 4 .. largest batch) it keeps a moving average (l50) and the 99th percentile of the last 100 runs
-// (l99). A run between two sizes counts for the upper one, scaled along the present curve. Sizes that have not been seen
-// are assumed to be as fast as the seen ones allow: so they are tried, and then known. Knee, cap and beta are refitted
-// once a second, and say nothing before the prediction is trusted.
+// (l99). A run between two sizes counts for the upper one, scaled along the present curve. Sizes that have not been
+// seen are assumed to be as fast as the seen ones allow: so they are tried, and then known. Knee, cap and beta are
+// refitted once a second, and say nothing before the prediction is trusted.
 //
 // Two things keep one bad stretch (a page fault, a neighbour) from being believed for ever: a size that does not run
 // while others do forgets the older half of its tail every second, and a probe (policy.h) that takes less than half the
@@ -78,10 +78,10 @@ class Predictor {
 
   // The runs of one size.
   struct Cell {
-    uint32_t n = 0;        // in the tail
-    uint32_t next = 0;     // where the next one goes
+    uint32_t n = 0;     // in the tail
+    uint32_t next = 0;  // where the next one goes
     uint32_t average_n = 0;
-    bool ran = false;      // since the last refit
+    bool ran = false;  // since the last refit
     int64_t average_ns = 0;
     // The two largest of the tail: from kTwoLargest runs on the second is the p99, of fewer the first.
     int64_t first_ns = 0;
@@ -163,11 +163,15 @@ class Predictor {
   void Fill() {
     FillFrom([](const Cell& cell) { return cell.average_ns; }, &prediction_.l50_ns);
     FillFrom([](const Cell& cell) { return cell.P99(); }, &prediction_.l99_ns);
+    // Drawn on beyond the measured sizes, the two curves may cross.
+    for (size_t i = 0; i < cells_.size(); ++i) {
+      prediction_.l99_ns[i] = std::max(prediction_.l99_ns[i], prediction_.l50_ns[i]);
+    }
   }
 
   template <typename Value>
   void FillFrom(Value value, std::array<int64_t, kMaxSizes>* times) const {
-    int below = -1;        // the last measured size so far
+    int below = -1;         // the last measured size so far
     int before_below = -1;  // the one before it
     for (int i = 0; i < prediction_.n; ++i) {
       const auto u = static_cast<size_t>(i);

@@ -31,8 +31,8 @@ struct BatchSettings {
   uint32_t default_priority_level = 0;
   QueuePolicy default_policy;
   std::map<uint32_t, QueuePolicy> level_policies;
-  int64_t slo_us = 0;                    // parameters.tidegate_slo_us; 0: the cap is max_batch_rows
-  int64_t priority_aging_us = 100'000;   // parameters.tidegate_priority_aging_us
+  int64_t slo_us = 0;                   // parameters.tidegate_slo_us; 0: the cap is max_batch_rows
+  int64_t priority_aging_us = 100'000;  // parameters.tidegate_priority_aging_us
   uint32_t instances = 1;
 };
 
