@@ -97,8 +97,7 @@ bool CheckRawCount(const ParsedRequest& parsed, const ModelSpec& spec, const uin
   }
   const auto dims = input.shape.span();
   if (std::any_of(dims.begin(), dims.end(), [](int64_t dim) { return dim < 0; })) {
-    return RefuseInput(spec, tensor,
-                       shape + ", with a negative dimension; " + expected + " with -1 replaced by a size");
+    return RefuseInput(spec, tensor, shape + "; " + expected + " with a size for each -1");
   }
   return RefuseInput(spec, tensor, shape + "; " + expected + (spec.max_batch_size > 0 ? " with the rows first" : ""));
 }
@@ -129,9 +128,8 @@ bool CheckShape(const ModelSpec& spec, const TensorSpec& tensor, const ParsedInp
   int64_t most = 0;
   if (overflows || __builtin_mul_overflow(per_row, std::max<int64_t>(spec.max_batch_size, 1), &most) ||
       most > kMaxElements) [[unlikely]] {
-    *status = RefuseInput(
-        spec, tensor,
-        "its shape " + ShapeText(have) + " has more elements than can be counted; expected " + TypeText(tensor));
+    *status = RefuseInput(spec, tensor,
+                          "its shape " + ShapeText(have) + " is too large to count; expected " + TypeText(tensor));
     return false;
   }
   uint32_t here = 1;
@@ -243,11 +241,10 @@ bool MeasureContents(const ModelSpec& spec, const TensorSpec& tensor, const Pars
     return false;
   }
   if (values != static_cast<uint64_t>(count)) [[unlikely]] {
-    *status =
-        RefuseInput(spec, tensor,
-                    "it has " + std::to_string(values) + " values; expected " + std::to_string(count) + " in " +
-                        (want == kNoContents ? "" : "raw_input_contents or ") + std::string(kContentsNames[want]) +
-                        " for " + std::string(WireName(tensor.type)) + " " + ShapeText(input.shape));
+    *status = RefuseInput(spec, tensor,
+                          "it has " + std::to_string(values) + " values; expected " + std::to_string(count) + " for " +
+                              std::string(WireName(tensor.type)) + " " + ShapeText(input.shape) + ", raw" +
+                              (want == kNoContents ? "" : " or in " + std::string(kContentsNames[want])));
     return false;
   }
   *bytes = tensor.type == DataType::kBytes ? string_bytes : values * ElementBytes(tensor.type);
@@ -314,8 +311,7 @@ bool CheckRequestedOutputs(const ParsedRequest& parsed, const ModelSpec& spec, u
       *status = Unsupported(
           spec, ", output " + Quoted(output.name) +
                     (output.uses_shared_memory ? ": shared memory is not supported; leave its parameters out"
-                                               : ": classification is not supported; leave the parameter out and rank "
-                                                 "the values yourself"));
+                                               : ": classification is not supported; leave the parameter out"));
       return false;
     }
     mask |= uint64_t{1} << i;

@@ -22,9 +22,9 @@ enum ContentsField : uint8_t {
   kFp64Contents = 7,
   kBytesContents = 8,
 };
-inline constexpr std::string_view kContentsNames[] = {
-    "raw_input_contents alone", "bool_contents", "int_contents",  "int64_contents", "uint_contents",
-    "uint64_contents",          "fp32_contents", "fp64_contents", "bytes_contents"};
+inline constexpr std::string_view kContentsNames[] = {"raw_input_contents", "bool_contents", "int_contents",
+                                                      "int64_contents",     "uint_contents", "uint64_contents",
+                                                      "fp32_contents",      "fp64_contents", "bytes_contents"};
 
 // The field that holds elements of a type; kNoContents: there is none, they travel raw only.
 constexpr ContentsField ContentsOf(DataType type) {
