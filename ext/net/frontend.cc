@@ -102,13 +102,15 @@ Status FrontendCore::Start(uint16_t* port) {
 }
 
 void FrontendCore::Publish(std::vector<ModelRoute> models) {
-  for (const ModelRoute& model : models) {
+  auto table = std::make_unique<const RouteTable>(std::move(models));
+  RankedLock lock(publish_mutex_);
+  // A table published now would never be taken down, and its versions and this front end would keep each other alive.
+  if (stopped_) return;
+  for (const ModelRoute& model : table->models()) {
     for (const VersionRoute& route : model.versions) {
       if (route.version) route.version->set_synchronizer(shared_from_this());
     }
   }
-  auto table = std::make_unique<const RouteTable>(std::move(models));
-  RankedLock lock(publish_mutex_);
   routes_.store(table.get(), std::memory_order_seq_cst);
   owned_routes_.swap(table);
   Synchronize();
@@ -153,8 +155,7 @@ bool FrontendCore::Drain(int64_t timeout_ns) {
 }
 
 void FrontendCore::Stop() {
-  if (stopped_) return;
-  stopped_ = true;
+  if (stopped_.exchange(true)) return;
   for (SlowQueue& lane : lanes_) lane.Close();
   if (started_) {
     for (const auto& io : io_threads_) io->Post(IoThread::Command::kStop);

@@ -37,7 +37,7 @@ class FrontendCore : public Synchronizer, public std::enable_shared_from_this<Fr
   ~FrontendCore() override;
 
   Status Start(uint16_t* port);
-  // Returns when no I/O thread can still see the table that was replaced.
+  // Returns when no I/O thread can still see the table that was replaced. Does nothing after Stop.
   void Publish(std::vector<ModelRoute> models);
   // Takes no new connections, says GOAWAY, waits for the calls in flight. True: every connection ended in time.
   bool Drain(int64_t timeout_ns);
@@ -70,7 +70,7 @@ class FrontendCore : public Synchronizer, public std::enable_shared_from_this<Fr
   std::atomic<const RouteTable*> routes_{nullptr};
   std::vector<std::unique_ptr<IoThread>> io_threads_;
   bool started_ = false;
-  bool stopped_ = false;
+  std::atomic<bool> stopped_{false};
 };
 
 }  // namespace tidegate

@@ -27,10 +27,12 @@ struct Registration {
   Registration(const char* name, void (*run)()) { Cases().push_back({name, run}); }
 };
 
-// A failed check ends the program: what follows would only report the same mistake again.
+// A failed check ends the program: what follows would only report the same mistake again. At once, without destructors:
+// it may come from any thread while the others run.
 [[noreturn]] inline void Fail(const char* file, int line, const std::string& what) {
   std::fprintf(stderr, "%s:%d: %s\n", file, line, what.c_str());
-  std::exit(1);
+  std::fflush(nullptr);
+  std::_Exit(1);
 }
 
 template <typename A, typename B>
@@ -57,14 +59,14 @@ inline int RunAll(int argc, char** argv) {
 
 }  // namespace tidegate::test
 
-#define TIDEGATE_TEST(name)                                                           \
-  static void name();                                                                 \
-  static const ::tidegate::test::Registration name##_registration(#name, &name);      \
+#define TIDEGATE_TEST(name)                                                      \
+  static void name();                                                            \
+  static const ::tidegate::test::Registration name##_registration(#name, &name); \
   static void name()
 
-#define CHECK(condition)                                                              \
-  do {                                                                                \
-    if (!(condition)) ::tidegate::test::Fail(__FILE__, __LINE__, #condition);         \
+#define CHECK(condition)                                                      \
+  do {                                                                        \
+    if (!(condition)) ::tidegate::test::Fail(__FILE__, __LINE__, #condition); \
   } while (false)
 
 #define CHECK_EQ(a, b) ::tidegate::test::CheckEq((a), (b), #a " == " #b, __FILE__, __LINE__)
