@@ -1,4 +1,4 @@
-"""Why something was refused or failed: the same names as `ext/util/reason.h`, and the one exception that carries them."""
+"""Why something was refused or failed: the names of `ext/util/reason.h`, and the one exception that carries them."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class ServingError(Exception):
     """
 
     def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(f"{reason.name}: {message}")
+        # Messages quote what clients sent, and not every str of Python can travel: half a surrogate pair cannot.
+        self.message = message.encode("utf-8", "replace").decode()
+        super().__init__(f"{reason.name}: {self.message}")
         self.reason = reason
-        self.message = message

@@ -33,7 +33,8 @@ from server.source import ModelFolder, SourceError
 
 if TYPE_CHECKING:
     from protos.gen.model_config_pb2 import ModelConfig
-    from server._native import TensorInfo, Version, Warning
+    from server._native import TensorInfo, Version
+    from server._native import Warning as WarmupWarning
     from server.settings import ModelSettings, WarmupBatch
 
 _LOG = logging.getLogger(__name__)
@@ -62,15 +63,15 @@ class Native(Protocol):
     """What is used of `server._native`; tests bring their own."""
 
     @property
-    def NativeError(self) -> type[Exception]: ...
+    def NativeError(self) -> type[Exception]: ...  # noqa: N802 - a class
     @property
-    def Session(self) -> Callable[[str, SessionSettings], Session]: ...
+    def Session(self) -> Callable[[str, SessionSettings], Session]: ...  # noqa: N802
     @property
-    def Version(self) -> Callable[[ModelSettings, Sequence[Any]], Version]: ...
+    def Version(self) -> Callable[[ModelSettings, Sequence[Any]], Version]: ...  # noqa: N802
     @property
-    def VersionRoute(self) -> Callable[..., Any]: ...
+    def VersionRoute(self) -> Callable[..., Any]: ...  # noqa: N802
     @property
-    def ModelRoute(self) -> Callable[..., Any]: ...
+    def ModelRoute(self) -> Callable[..., Any]: ...  # noqa: N802
 
 
 def find_runtime_library() -> Path:
@@ -97,7 +98,7 @@ def find_runtime_library() -> Path:
 
 
 def count_gpus() -> int:
-    """CUDA devices that this process may use; 0 without a driver. Asked of the driver, which knows CUDA_VISIBLE_DEVICES."""
+    """CUDA devices that this process may use; 0 without a driver. The driver knows about CUDA_VISIBLE_DEVICES."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -203,7 +204,8 @@ class Loader:
 
     def _warm_up(self, request: LoadRequest, version: Version, config: ModelConfig) -> None:
         spent = last = 0.0
-        for batch in warmup_batches(config, request.folder.path):
+        for made in warmup_batches(config, request.folder.path):
+            batch = made
             if not batch.required:
                 if spent >= _SYNTHETIC_WARMUP_S:
                     _LOG.warning(
@@ -225,7 +227,7 @@ class Loader:
                 self._warn(request, warnings)
                 return  # What fails with zeros fails with more zeros.
 
-    def _warn(self, request: LoadRequest, warnings: Sequence[Warning]) -> None:
+    def _warn(self, request: LoadRequest, warnings: Sequence[WarmupWarning]) -> None:
         for warning in warnings:
             _LOG.warning(
                 "made-up warm-up %r of %s version %s failed; add model_warmup for real data: %s",

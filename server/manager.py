@@ -1,27 +1,29 @@
 """All placements of this node: loads, replaces and unloads versions, and publishes the route table.
 
-A change of one model goes: look at its folder -> decide which versions should serve (policy/versions.py) -> load the new
-ones, warm, beside the old ones -> publish -> retire what left the route in the background. All versions of one change
-succeed or none does, and until the publish nothing that serves is touched.
+A change of one model goes: look at its folder -> decide which versions should serve (policy/versions.py) -> load the
+new ones, warm, beside the old ones -> publish -> retire what left the route in the background. All versions of one
+change succeed or none does, and until the publish nothing that serves is touched.
 
 Threads    Queries read one immutable map and take no lock. Changes of one model are serialised by that model's lock;
            changes of different models run side by side, their loads on a small pool.
-Locks      (1) a model's lock, (2) _state_lock. In this order; listeners are called with none of them held... see _update.
+Locks      (1) a model's lock, (2) _state_lock, in this order. Listeners are called without _state_lock.
 Owner      Placements belong to the manager; native versions to their placement until they are retired.
-Invariants (1) What _models shows as READY has been published; what leaves is DRAINING before the publish.
+Invariants (1) _models is replaced whole. A version shows as READY there after the route table has it; one that is
+               replaced is swapped for its successor in one step, so that a model stays ready through a reload; one that
+               is removed shows as not ready before the route table drops it.
            (2) A version that has left the route is retired exactly once, on a retiring thread.
+           (3) What a client can name without there being a file (or bytes) of it leaves nothing behind here.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -29,20 +31,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from protos.gen import model_config_pb2
 from server.config import ControlMode
 from server.errors import Reason, ServingError
 from server.loader import Loader, LoadRequest, Native, without_paths
-from server.model_config import (
-    ConfigError,
-    is_plain_name,
-    model_filename,
-    read_json,
-    read_text,
-    version_policy,
-)
+from server.model_config import ConfigError, is_plain_name, model_filename, read_json, read_text, version_policy
 from server.placement import Event, Placement, State
 from server.policy.versions import admitted, default_version, highest_first
 from server.source import ModelFolder, Repository, SourceError, Watcher, is_version_name
+from server.statistics import Ledger
 from server.versions import SemVerRange, parse_range, parse_version
 
 if TYPE_CHECKING:
@@ -52,7 +49,7 @@ _LOG = logging.getLogger(__name__)
 
 Listener = Callable[[str], None]
 
-# Retiring waits for other people's requests; this many models may do so at once before the next has to wait.
+# Retiring waits for other people's requests; this many versions may do so at once before the next has to wait.
 _RETIRING_THREADS = 4
 
 # Versions named in a "not found" message; RepositoryIndex lists all.
@@ -60,6 +57,12 @@ _VERSIONS_NAMED = 8
 
 # How old the list of models that nobody has loaded may be when it is shown.
 _NAMES_AGE_S = 1.0
+
+# Versions of a failed load never served: they have nothing to finish.
+_DISCARD_TIMEOUT_S = 5.0
+
+# A run that was told to end does so at its next step; beyond this a close gives up on it.
+_FORCED_END_S = 5.0
 
 _NOT_LOADED = "not loaded"
 _UNLOADED = "unloaded"
@@ -79,13 +82,29 @@ class _Entry:
     """One version as queries and the route see it."""
 
     text: str
-    placement: Placement | None = None  # None: named by the repository, never loaded
+    placement: Placement | None = None  # None: named by the repository, not loaded
+    is_ready: bool = False
+    is_named: bool = True  # the repository has it
     reason: str = ""
-    is_named: bool = True  # the repository (or the files of a load) has it
 
     @property
-    def is_ready(self) -> bool:
-        return self.placement is not None and self.placement.state is State.READY
+    def state(self) -> str:
+        """The state as RepositoryIndex names it."""
+        if self.is_ready:
+            return "READY"
+        return self.placement.index_state if self.placement is not None else "UNAVAILABLE"
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it is being loaded."""
+        return self.placement is not None and self.placement.state in (State.NEW, State.LOADING, State.WARMING)
+
+    @property
+    def shown_reason(self) -> str:
+        """Why it is not READY; of a READY one, why it could not be replaced."""
+        if self.is_ready or self.placement is None:
+            return self.reason
+        return self.placement.reason or self.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +114,68 @@ class _Model:
     name: str
     entries: Mapping[str, _Entry] = field(default_factory=dict)  # highest version first
     aliases: Mapping[str, str] = field(default_factory=dict)
-    reason: str = ""  # why the last change failed, for a model without entries
-    is_wanted: bool = False  # it should serve: loaded at the start, by request or by a poll
+    reason: str = ""  # why the last change failed
+    is_kept: bool = False  # shown even when it has no versions: the repository has it, or the operator named it
+
+    @property
+    def routed(self) -> list[_Entry]:
+        """The versions that a request may name, highest first: not those that are only being freed."""
+        return [entry for entry in self.entries.values() if entry.is_ready or entry.is_named or entry.is_coming]
 
     @property
     def ready(self) -> list[str]:
+        """Texts of the READY versions, highest first."""
         return [text for text, entry in self.entries.items() if entry.is_ready]
 
     @property
     def default(self) -> str:
+        """What an empty version means; "" when nothing is READY."""
         return default_version(self.ready)
+
+    def find(self, version: str) -> _Entry | None:
+        """What answers `version`, by the rules of the native route table (ext/route/route_table.cc)."""
+        routed = {entry.text: entry for entry in self.routed}
+        if not version:
+            return routed.get(self.default) or next(iter(routed.values()), None)
+        entry = routed.get(version) or routed.get(self.aliases.get(version, ""))
+        if entry is not None:
+            return entry
+        wanted = _range(version)
+        if wanted is None:
+            return None
+        matching = [
+            entry
+            for entry in routed.values()
+            if (parsed := parse_version(entry.text)) is not None and wanted.matches(parsed)
+        ]
+        return next((entry for entry in matching if entry.is_ready), next(iter(matching), None))
+
+    def naming(self, texts: Collection[str], is_kept: bool) -> _Model:
+        """The model when the repository has these versions. What it has not and is not loaded either is dropped."""
+        entries = {
+            text: replace(entry, is_named=text in texts)
+            for text, entry in self.entries.items()
+            if text in texts or entry.is_ready or (entry.placement is not None and entry.placement.is_alive)
+        }
+        for text in texts:
+            entries.setdefault(text, _Entry(text, reason=_NOT_LOADED))
+        ordered = {text: entries[text] for text in highest_first(entries)}
+        return replace(self, entries=MappingProxyType(ordered), is_kept=is_kept)
+
+    def with_entries(self, changed: Mapping[str, _Entry]) -> _Model:
+        """The model with some entries replaced or added."""
+        entries = {**self.entries, **changed}
+        ordered = {text: entries[text] for text in highest_first(entries)}
+        return replace(self, entries=MappingProxyType(ordered))
+
+
+@lru_cache(maxsize=256)
+def _range(text: str) -> SemVerRange | None:
+    return parse_range(text)
 
 
 class _Files:
-    """The private folder of a load request's files. Removed when the last placement made of it is gone."""
+    """The private folder of a load request's files. Removed when the last one who uses it lets go."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -135,14 +202,18 @@ class _Locks:
         self._locks: dict[str, tuple[threading.Lock, int]] = {}
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[None]:
+    def hold(self, name: str, timeout_s: float = -1) -> Iterator[bool]:
+        """Holds the name's lock; gives False when it could not be had in time (negative: no limit)."""
         with self._guard:
             lock, n_users = self._locks.get(name, (threading.Lock(), 0))
             self._locks[name] = lock, n_users + 1
+        is_held = False
         try:
-            with lock:
-                yield
+            is_held = lock.acquire(timeout=timeout_s)
+            yield is_held
         finally:
+            if is_held:
+                lock.release()
             with self._guard:
                 lock, n_users = self._locks[name]
                 if n_users == 1:
@@ -151,13 +222,19 @@ class _Locks:
                     self._locks[name] = lock, n_users - 1
 
 
-@dataclass(slots=True)
-class _Own:
-    """What the holder of a model's lock knows beyond the published state."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a change of one model has to do."""
 
-    files: _Files | None = None  # of the last load with files
-    tried: tuple[object, ...] | None = None  # fingerprint of the folder at the last change, successful or not
-    retiring: list[Future[None]] = field(default_factory=list)
+    folder: ModelFolder
+    config: ModelConfig
+    is_from_request: bool
+    wanted: Mapping[str, tuple[Any, ...]]  # version -> fingerprint of what it is to be made of
+    changed: tuple[str, ...]  # of these, the ones to load
+
+    def request(self, text: str) -> LoadRequest:
+        """The load of one version."""
+        return LoadRequest(self.folder, text, self.config, self.is_from_request)
 
 
 class Manager:
@@ -178,8 +255,8 @@ class Manager:
     ) -> None:
         """`publish(routes)` replaces the route table (Frontend.publish); calls of it never overlap.
 
-        `load_models` names what an explicit mode loads at the start ("*": everything). `drain_timeout_s` bounds how long
-        a version that left the route may finish what it took.
+        `load_models` names what an explicit mode loads at the start ("*": everything). `drain_timeout_s` bounds how
+        long a version that left the route may finish what it took.
         """
         self._repository = Repository(repository)
         self._watcher = Watcher(self._repository)
@@ -191,33 +268,38 @@ class Manager:
         self._load_threads = load_threads
         self._drain_timeout_s = drain_timeout_s
         self._clock = clock
+        self.ledger = Ledger(clock)
 
         self._locks = _Locks()
-        self._own: dict[str, _Own] = {}  # each value is the holder's of that model's lock
+        self._tried: dict[str, tuple[object, ...]] = {}  # name -> its folder at the last change; under the model's lock
         self._loads = ThreadPoolExecutor(load_threads, thread_name_prefix="load")
         self._retirements = ThreadPoolExecutor(_RETIRING_THREADS, thread_name_prefix="retire")
 
-        self._state_lock = threading.RLock()  # guards changes of the four below
+        self._state_lock = threading.Lock()  # guards changes of the following
         self._models: Mapping[str, _Model] = MappingProxyType({})
-        self._published: list[Any] | None = None
+        self._published: list[Any] = []
         self._listeners: tuple[Listener, ...] = ()
         self._names_at: float | None = None
+        self._files: dict[Placement, _Files] = {}
+        self._retiring: dict[Future[bool], str] = {}  # -> the model's name
+        self._close_by: float | None = None  # set once closing
+
         self._startup_done = False
-        self._is_closed = False
         self._polling: threading.Thread | None = None
         self._stop_polling = threading.Event()
 
     # -- queries -------------------------------------------------------------------------------------------------------
 
     def index(self, ready_only: bool = False) -> list[IndexRow]:
-        """Every version that the repository or a load names, sorted by model, then version (highest last)."""
-        self._refresh_names()
+        """Every version that the repository or a load names, sorted by model, then version (highest last).
+
+        Looks at the repository's folders when the last look is older than a second.
+        """
+        if self._control_mode is ControlMode.EXPLICIT:
+            self._refresh_names(_NAMES_AGE_S)
         rows: list[IndexRow] = []
         for name, model in sorted(self._models.items()):
-            for entry in reversed(model.entries.values()):
-                placement = entry.placement
-                state = placement.index_state if placement is not None else "UNAVAILABLE"
-                rows.append(IndexRow(name, entry.text, state, _shown_reason(entry)))
+            rows += [IndexRow(name, e.text, e.state, e.shown_reason) for e in reversed(list(model.entries.values()))]
             if not model.entries:
                 rows.append(IndexRow(name, "", "UNAVAILABLE", model.reason or _NOT_LOADED))
         return [row for row in rows if row.state == "READY"] if ready_only else rows
@@ -225,49 +307,37 @@ class Manager:
     def resolve(self, name: str, version: str = "") -> Placement:
         """The READY placement that answers (name, version), by the rules of the native route table.
 
-        `version` is "" (default), an exact text, an alias or a range. Its config, settings and native are set.
+        `version` is "" (default), an exact text, an alias or a range. Its config and settings are set.
         Raises ServingError MODEL_NOT_FOUND, VERSION_NOT_FOUND or VERSION_NOT_READY.
         """
-        model = self._models.get(name)
-        if model is None:
-            raise ServingError(
-                Reason.MODEL_NOT_FOUND, f"unknown model {_quoted(name)}; RepositoryIndex lists what is here"
-            )
-        entry = _find(model, version)
+        model = self._known(name)
+        entry = model.find(version)
         if entry is None and not version:
-            # The model as a whole has failed, or nothing of it was ever loaded.
+            # The model as a whole has failed, or there is nothing to load.
             reason = f": {model.reason}" if model.reason else ""
-            raise ServingError(
-                Reason.VERSION_NOT_READY, f"model {_quoted(name)} has no version that is ready{reason}"
-            )
+            raise ServingError(Reason.VERSION_NOT_READY, f"model {_quoted(name)} has no version that is ready{reason}")
         if entry is None:
-            live = highest_first(model.ready)
+            live = model.ready
             named = ", ".join(live[:_VERSIONS_NAMED]) + (", ..." if len(live) > _VERSIONS_NAMED else "")
             raise ServingError(
                 Reason.VERSION_NOT_FOUND,
                 f"model {_quoted(name)} has no version {_quoted(version)}; live: {named or 'none'}",
             )
-        placement = entry.placement
-        if placement is None or not entry.is_ready:
+        if entry.placement is None or not entry.is_ready:
             raise ServingError(
                 Reason.VERSION_NOT_READY,
-                f"model {_quoted(name)} version {_quoted(entry.text)} is not ready: {_shown_reason(entry)}",
+                f"model {_quoted(name)} version {_quoted(entry.text)} is not ready: {entry.shown_reason}",
             )
-        return placement
+        return entry.placement
 
     def versions(self, name: str) -> list[str]:
         """Texts of the READY versions, lowest first. Raises ServingError MODEL_NOT_FOUND; [] when none is READY."""
-        model = self._models.get(name)
-        if model is None:
-            raise ServingError(
-                Reason.MODEL_NOT_FOUND, f"unknown model {_quoted(name)}; RepositoryIndex lists what is here"
-            )
-        return highest_first(model.ready)[::-1]
+        return self._known(name).ready[::-1]
 
     def ready(self, name: str, version: str = "") -> bool:
         """Whether (name, version) would be answered now. What nobody knows is not ready, which is no error."""
         model = self._models.get(name)
-        entry = None if model is None else _find(model, version)
+        entry = None if model is None else model.find(version)
         return entry is not None and entry.is_ready
 
     def placements(self) -> list[Placement]:
@@ -275,24 +345,18 @@ class Manager:
         return [
             entry.placement
             for _, model in sorted(self._models.items())
-            for entry in reversed(model.entries.values())
+            for entry in reversed(list(model.entries.values()))
             if entry.is_ready and entry.placement is not None
         ]
 
-    def names(self) -> list[str]:
-        """All known model names, sorted."""
-        self._refresh_names()
-        return sorted(self._models)
+    def known(self) -> dict[str, list[str]]:
+        """Model -> versions that a request may name, sorted by model. Of what is known already: no disk is read."""
+        return {name: [entry.text for entry in model.routed] for name, model in sorted(self._models.items())}
 
     @property
     def startup_done(self) -> bool:
         """Whether each model of the start is READY or has failed."""
         return self._startup_done
-
-    @property
-    def all_ready(self) -> bool:
-        """Whether the start is done and every model that should serve has a READY version."""
-        return self._startup_done and all(model.default for model in self._models.values() if model.is_wanted)
 
     def add_listener(self, listener: Listener) -> None:
         """`listener(model_name)` is called after the readiness of any version of that model has changed, and
@@ -300,41 +364,49 @@ class Manager:
         with self._state_lock:
             self._listeners = (*self._listeners, listener)
 
+    def _known(self, name: str) -> _Model:
+        model = self._models.get(name)
+        if model is None:
+            raise ServingError(
+                Reason.MODEL_NOT_FOUND, f"unknown model {_quoted(name)}; RepositoryIndex lists what is here"
+            )
+        return model
+
     # -- changes -------------------------------------------------------------------------------------------------------
 
     def load_all(self) -> None:
-        """The start: loads what the control mode says, side by side, and returns when each model serves or has failed."""
-        try:
-            names = self._repository.names()
-            if self._control_mode is ControlMode.EXPLICIT and "*" not in self._load_models:
-                names = list(dict.fromkeys(self._load_models))
-        except SourceError as error:
-            _LOG.error("%s", error)
-            names = []
-        self._refresh_names(is_forced=True)
+        """The start: loads what the control mode says, side by side. Returns when each model serves or has failed."""
+        self._refresh_names()
+        names = list(self._models)
+        if self._control_mode is ControlMode.EXPLICIT and "*" not in self._load_models:
+            names = list(dict.fromkeys(self._load_models))
+        if self._control_mode is ControlMode.POLL:
+            # The look that the first poll is compared with comes before the loads: what changes under them is seen.
+            self._look()
         if names:
             # These threads only wait for the loads, which have their own bound.
             with ThreadPoolExecutor(self._load_threads, thread_name_prefix="start") as starters:
-                for future in [starters.submit(self._load_quietly, name) for name in names]:
+                for future in [starters.submit(self._load_at_start, name) for name in names]:
                     future.result()
-        if self._control_mode is ControlMode.POLL:
-            # The first look is the one that the next is compared with.
-            self._look()
         self._startup_done = True
         self._tell("")
 
-    def _load_quietly(self, name: str) -> None:
+    def _load_at_start(self, name: str) -> None:
         try:
             self._change(name, lambda: self._converge(name, is_forced=False))
         except ServingError as error:
             _LOG.error("%s", error.message, extra={"model": name})
+            if error.reason is Reason.MODEL_NOT_FOUND:
+                # Somebody expects it to be here: the index says why it is not.
+                reason = error.message
+                self._update(name, lambda model: replace(model, reason=reason, is_kept=True))
 
     def load(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Loads or reloads a model as RepositoryModelLoad asks; returns once it serves.
 
-        Only versions that changed are loaded when some did; when none did, all are loaded anew. `config` is a ModelConfig
-        as JSON that replaces the file's. `files` maps "<version>/<file>" (an optional "file:" in front is dropped) to
-        bytes that replace the model's folder; it needs `config`.
+        Only versions that changed are loaded when some did; when none did, all are loaded anew. `config` is a
+        ModelConfig as JSON that replaces the file's. `files` maps "<version>/<file>" (an optional "file:" in front is
+        dropped) to bytes that replace the model's folder; it needs `config`.
         Raises ServingError CONTROL_MODE, MODEL_NOT_FOUND, INVALID_TENSOR (malformed arguments) or LOAD_FAILED; what
         served before still serves then.
         """
@@ -346,7 +418,9 @@ class Manager:
             try:
                 written = read_json(config)
             except ConfigError as error:
-                raise ServingError(Reason.INVALID_TENSOR, f"model {_quoted(name)}: parameter config: {error}") from error
+                raise ServingError(
+                    Reason.INVALID_TENSOR, f"model {_quoted(name)}: parameter config: {error}"
+                ) from error
         if files and written is None:
             raise ServingError(Reason.INVALID_TENSOR, "parameters file:<version>/<file> need the parameter config")
         checked = _checked_files(files or {})
@@ -359,11 +433,8 @@ class Manager:
         Raises ServingError CONTROL_MODE or MODEL_NOT_FOUND. A known model that is not loaded is no error.
         """
         self._check_mode("unload")
-        self._refresh_names()
-        if name not in self._models:
-            raise ServingError(
-                Reason.MODEL_NOT_FOUND, f"unknown model {_quoted(name)}; RepositoryIndex lists what is here"
-            )
+        self._refresh_names(_NAMES_AGE_S)
+        self._known(name)
         self._change(name, lambda: self._remove(name))
 
     def set_aliases(self, name: str, aliases: Mapping[str, str]) -> None:
@@ -373,10 +444,7 @@ class Manager:
         """
 
         def change() -> None:
-            if name not in self._models:
-                raise ServingError(
-                    Reason.MODEL_NOT_FOUND, f"unknown model {_quoted(name)}; RepositoryIndex lists what is here"
-                )
+            self._known(name)
             self._update(name, lambda model: replace(model, aliases=MappingProxyType(dict(aliases))))
 
         self._change(name, change)
@@ -386,13 +454,47 @@ class Manager:
 
         Failures go to the index and the log; a model that failed is tried again when its files change.
         """
-        settled, present = self._look()
-        gone = [name for name, model in self._models.items() if name not in present and model.entries]
-        jobs: list[Callable[[], None]] = [self._guarded_removal(name) for name in gone]
-        jobs += [self._guarded_convergence(folder) for folder in settled.values()]
-        with ThreadPoolExecutor(self._load_threads, thread_name_prefix="poll") as pollers:
-            for future in [pollers.submit(job) for job in jobs]:
-                future.result()
+        looked = self._look()
+        if looked is None:
+            return
+        settled, present = looked
+        self._refresh_names()
+        jobs = [self._poll_removal(name) for name in self._models if name not in present]
+        jobs += [self._poll_change(f) for f in settled.values() if self._tried.get(f.name) != f.whole_fingerprint]
+        if jobs:
+            with ThreadPoolExecutor(self._load_threads, thread_name_prefix="poll") as pollers:
+                for future in [pollers.submit(job) for job in jobs]:
+                    future.result()
+
+    def _look(self) -> tuple[dict[str, ModelFolder], set[str]] | None:
+        """What the watcher sees; None when the repository cannot be read, which says nothing about its models."""
+        try:
+            return self._watcher.look()
+        except SourceError as error:
+            _LOG.error("%s", error)
+            return None
+
+    def _poll_removal(self, name: str) -> Callable[[], None]:
+        return self._guarded(name, lambda: self._remove(name))
+
+    def _poll_change(self, folder: ModelFolder) -> Callable[[], None]:
+        return self._guarded(
+            folder.name,
+            lambda: self._converge(folder.name, is_forced=False, folder=folder, leaves_out_incomplete=True),
+        )
+
+    def _guarded(self, name: str, change: Callable[[], None]) -> Callable[[], None]:
+        """A change of one model whose failure is for the log: nobody waits for it."""
+
+        def run() -> None:
+            try:
+                self._change(name, change)
+            except ServingError as error:
+                _LOG.error("%s", error.message, extra={"model": name})
+            except Exception:
+                _LOG.exception("model %s could not be changed", name, extra={"model": name})
+
+        return run
 
     def start_polling(self, interval_s: float) -> None:
         """Polls every `interval_s` seconds on a thread of its own until close()."""
@@ -409,34 +511,41 @@ class Manager:
         self._polling.start()
 
     def close(self, timeout_s: float) -> bool:
-        """Ends changes, takes everything out of the route and frees it. False when running work had to be ended by force.
+        """Ends changes, takes everything out of the route and frees it, in `timeout_s` and a little.
 
-        Waits for loads that are under way. Idempotent.
+        False when running work had to be ended by force, or a load that is under way did not end in time; its thread
+        lives on. Idempotent.
         """
+        close_by = self._clock() + timeout_s
+        with self._state_lock:
+            self._close_by = close_by
         self._stop_polling.set()
-        if self._polling is not None:
-            self._polling.join()
-        self._is_closed = True
-        self._drain_timeout_s = timeout_s
-        for name in list(self._models):
-            with self._locks.hold(name):
-                self._remove(name)
-        retiring = [future for own in list(self._own.values()) for future in own.retiring]
         is_clean = True
-        for future in retiring:
-            error = future.exception()
-            is_clean = is_clean and error is None
-        self._loads.shutdown()
-        self._retirements.shutdown()
+        for name in list(self._models):
+            with self._locks.hold(name, max(0.0, close_by - self._clock())) as is_held:
+                if is_held:
+                    self._remove(name)
+                is_clean = is_clean and is_held
+        with self._state_lock:
+            retiring = list(self._retiring)
+        ended, late = wait(retiring, max(0.0, close_by - self._clock()) + _FORCED_END_S)
+        is_clean = is_clean and not late and all(future.exception() is None and future.result() for future in ended)
+        if self._polling is not None:
+            self._polling.join(0.0 if not is_clean else None)
+        self._loads.shutdown(wait=is_clean, cancel_futures=True)
+        self._retirements.shutdown(wait=is_clean)
         return is_clean
 
     # -- one model's change; everything below runs with that model's lock held -----------------------------------------
 
     def _change(self, name: str, change: Callable[[], None]) -> None:
         with self._locks.hold(name):
-            if self._is_closed:
-                raise ServingError(Reason.NODE_DRAINING, "the server is stopping; no model is loaded or unloaded any more")
+            self._refuse_when_closing()
             change()
+
+    def _refuse_when_closing(self) -> None:
+        if self._close_by is not None:
+            raise ServingError(Reason.NODE_DRAINING, "the server is stopping; no model is loaded or unloaded any more")
 
     def _check_mode(self, what: str) -> None:
         if self._control_mode is not ControlMode.EXPLICIT:
@@ -457,7 +566,6 @@ class Manager:
         leaves_out_incomplete: bool = False,
     ) -> None:
         """Brings the versions that serve in line with a folder: the repository's, the given look at it, or `files`."""
-        own = self._own.setdefault(name, _Own())
         stored = _store(name, files) if files else None
         try:
             if stored is not None:
@@ -468,29 +576,30 @@ class Manager:
                 raise ServingError(
                     Reason.MODEL_NOT_FOUND, f"the model repository has no model {_quoted(name)}; copy it there first"
                 )
-            own.tried = folder.whole_fingerprint
-            self._wait_for_retirements(own)
+            if stored is None:
+                self._tried[name] = folder.whole_fingerprint
+            # A model that is reloaded faster than its old versions end would pile them up.
+            self._wait_for_retirements(name)
             try:
-                self._replace_versions(name, own, folder, config, stored, is_forced, leaves_out_incomplete)
+                plan = self._plan(name, folder, config, is_forced, leaves_out_incomplete)
             except ServingError as error:
-                self._record_failure(name, folder, error.message)
+                self._record_failure(name, error.message)
                 raise
+            self._carry_out(name, plan, stored)
         finally:
             if stored is not None:
                 stored.release()
 
-    def _replace_versions(
+    def _plan(
         self,
         name: str,
-        own: _Own,
         folder: ModelFolder,
         config: ModelConfig | None,
-        stored: _Files | None,
         is_forced: bool,
         leaves_out_incomplete: bool,
-    ) -> None:
-        is_from_request = config is not None
-        written = _config_of(name, folder) if config is None else config
+    ) -> _Plan:
+        """Decides. Raises ServingError when configuration and folder do not say what to serve."""
+        written = _config_of(folder) if config is None else config
         texts = list(folder.versions)
         if leaves_out_incomplete:
             filename = model_filename(written)
@@ -500,28 +609,46 @@ class Manager:
             raise _failed(name, f"version_policy names {', '.join(choice.missing)}, which no version folder is")
         if not choice.texts:
             raise _failed(name, "there is no version folder (1, 2, ... or 1.2.3) with a model in it")
-
         content = written.SerializeToString(deterministic=True)
-        wanted = {
-            text: (is_from_request, content, id(stored) if stored else None, folder.fingerprint(text))
-            for text in choice.texts
-        }
-        model = self._models.get(name) or _Model(name)
-        serving = {text: entry.placement for text, entry in model.entries.items() if entry.is_ready and entry.placement}
-        changed = [text for text in choice.texts if text not in serving or serving[text].fingerprint != wanted[text]]
+        wanted = {text: (config is not None, content, folder.fingerprint(text)) for text in choice.texts}
+        serving = self._serving(name)
+        changed = [text for text in wanted if text not in serving or serving[text].fingerprint != wanted[text]]
         if is_forced and not changed and serving.keys() == wanted.keys():
-            changed = list(choice.texts)
-        loaded = self._load_versions(name, folder, written, is_from_request, changed, wanted) if changed else {}
-        leaving = [placement for text, placement in serving.items() if text in loaded or text not in wanted]
-        if not leaving and not loaded:
-            self._name_versions(name, folder, is_wanted=True)
-            return
+            changed = list(wanted)
+        plan = _Plan(folder, written, config is not None, wanted, tuple(changed))
+        if changed:
+            # Mistakes in the configuration are told before anything is opened.
+            self._loader.check(plan.request(changed[0]))
+        return plan
+
+    def _serving(self, name: str) -> dict[str, Placement]:
+        model = self._models.get(name)
+        entries = model.entries.items() if model is not None else ()
+        return {text: entry.placement for text, entry in entries if entry.is_ready and entry.placement is not None}
+
+    def _carry_out(self, name: str, plan: _Plan, stored: _Files | None) -> None:
+        """Loads what the plan says, publishes it and retires what it replaces."""
+        placements = {text: Placement(name, text) for text in plan.changed}
+        for text, placement in placements.items():
+            placement.fingerprint = plan.wanted[text]
+        if placements:
+            self._show_loading(name, placements, is_named=stored is None)
+            try:
+                self._load_versions(plan, placements)
+            except ServingError as error:
+                self._record_failure(name, error.message, placements)
+                raise
+        leaving = [
+            placement
+            for text, placement in self._serving(name).items()
+            if text in placements or text not in plan.wanted
+        ]
         if stored is not None:
-            for _ in loaded:
+            for placement in placements.values():
                 stored.keep()
-        previous, own.files = own.files, stored if loaded and stored is not None else own.files
-        self._switch(name, folder, loaded, leaving)
-        for text, placement in loaded.items():
+                self._files[placement] = stored
+        self._switch(name, placements, leaving)
+        for text, placement in placements.items():
             _LOG.info(
                 "model %s version %s is ready after %.2f s",
                 name,
@@ -529,27 +656,29 @@ class Manager:
                 placement.load_seconds,
                 extra={"model": name, "version": text},
             )
-        del previous
-        self._retire(name, own, leaving)
+        self._retire(leaving)
 
-    def _load_versions(
-        self,
-        name: str,
-        folder: ModelFolder,
-        config: ModelConfig,
-        is_from_request: bool,
-        texts: Sequence[str],
-        fingerprints: Mapping[str, tuple[Any, ...]],
-    ) -> dict[str, Placement]:
+    def _show_loading(self, name: str, placements: Mapping[str, Placement], *, is_named: bool) -> None:
+        """Shows versions that do not serve yet as LOADING. One that serves is shown as READY until it is replaced."""
+
+        def update(model: _Model) -> _Model:
+            loading = {}
+            for text, placement in placements.items():
+                before = model.entries.get(text)
+                if before is None:
+                    loading[text] = _Entry(text, placement, is_named=is_named)
+                elif not before.is_ready:
+                    loading[text] = _Entry(text, placement, is_named=before.is_named)
+            return model.with_entries(loading)
+
+        self._update(name, update)
+
+    def _load_versions(self, plan: _Plan, placements: Mapping[str, Placement]) -> None:
         """Loads all of them or none. Raises ServingError with the first reason, by version."""
-        requests = {text: LoadRequest(folder, text, config, is_from_request) for text in texts}
-        # Mistakes in the configuration are told before the first session is opened.
-        self._loader.check(requests[texts[0]])
-        placements = {text: Placement(name, text) for text in texts}
-        for text, placement in placements.items():
-            placement.fingerprint = fingerprints[text]
-        self._show_loading(name, placements)
-        futures = {text: self._loads.submit(self._load_one, requests[text], placements[text]) for text in texts}
+        futures = {
+            text: self._loads.submit(self._load_one, plan.request(text), placement)
+            for text, placement in placements.items()
+        }
         failures: dict[str, Exception] = {}
         for text, future in futures.items():
             error = future.exception()
@@ -558,86 +687,97 @@ class Manager:
             elif error is not None:
                 raise error
         if not failures:
-            return placements
-        for text, placement in placements.items():
-            if text not in failures and placement.native is not None:
-                self._free(placement)
-                placement.move(Event.BROKE, f"another version of model {name!r} could not be loaded")
+            return
         text, first = next(iter(failures.items()))
+        for other, placement in placements.items():
+            if other not in failures:
+                self._discard(placement, f"version {_quoted(text)} of the same load failed")
         if isinstance(first, ServingError):
             raise first
-        _LOG.error("model %s version %s: unexpected failure of a load", name, text, exc_info=first)
-        raise ServingError(
-            Reason.LOAD_FAILED,
-            f"model {name!r} version {text!r} cannot be loaded: internal error ({type(first).__name__}); see the log",
-        ) from first
+        name = plan.folder.name
+        _LOG.error(
+            "model %s version %s: a load failed unexpectedly",
+            name,
+            text,
+            exc_info=first,
+            extra={"model": name, "version": text},
+        )
+        raise _failed(name, f"version {_quoted(text)}: internal error ({type(first).__name__}); see the log") from first
 
     def _load_one(self, request: LoadRequest, placement: Placement) -> None:
         placement.move(Event.STARTED, "loading")
         try:
-            loaded = self._loader.load(request, on_open=lambda: placement.move(Event.OPENED, "warming up"))
+            placement.hold(self._loader.load(request, on_open=lambda: placement.move(Event.OPENED, "warming up")))
         except Exception as error:
             message = error.message if isinstance(error, ServingError) else f"internal error ({type(error).__name__})"
             placement.move(Event.BROKE, message)
             raise
-        placement.config = loaded.config
-        placement.settings = loaded.settings
-        placement.weights_bytes = loaded.weights_bytes
-        placement.load_seconds = loaded.load_seconds
-        placement.native = loaded.native
 
-    def _switch(
-        self, name: str, folder: ModelFolder, loaded: Mapping[str, Placement], leaving: Sequence[Placement]
-    ) -> None:
-        """Publishes the loaded versions in the place of the leaving ones."""
+    def _switch(self, name: str, loaded: Mapping[str, Placement], leaving: Sequence[Placement]) -> None:
+        """Publishes the loaded versions in the place of the leaving ones. Raises ServingError; then nothing changed."""
+        named = self._naming(name)
 
         def update(model: _Model) -> _Model:
-            entries = dict(model.entries)
-            for text, placement in loaded.items():
-                entries[text] = _Entry(text, placement)
-            return replace(
-                model, entries=_named_entries(entries, folder, _NOT_LOADED), reason="", is_wanted=True
-            )
+            self._refuse_when_closing()
+            entries = {}
+            for text, entry in model.entries.items():
+                if text in loaded:
+                    entries[text] = _Entry(text, loaded[text], is_ready=True, is_named=entry.is_named)
+                elif entry.is_ready:
+                    is_leaving = entry.placement in leaving
+                    reason = _UNLOADED if is_leaving else ""
+                    entries[text] = replace(entry, is_ready=not is_leaving, reason=reason)
+                elif entry.placement is None or not entry.placement.is_alive:
+                    entries[text] = _Entry(text, is_named=entry.is_named, reason=_NOT_LOADED)
+            return named(replace(model.with_entries(entries), reason=""))
 
-        for placement in loaded.values():
-            placement.move(Event.PUBLISHED)
-        for placement in leaving:
-            placement.move(Event.DISMISSED, _UNLOADED)
-        try:
-            self._update(name, update)
-        except Exception as error:
-            # The old table is still in force: put back what it names.
-            for placement in loaded.values():
-                placement.move(Event.DISMISSED)
-                self._free(placement)
-                placement.move(Event.DRAINED)
-                placement.move(Event.FREED)
+        def moves() -> None:
+            for text, placement in loaded.items():
+                placement.move(Event.PUBLISHED)
+                assert placement.native is not None, "loaded"
+                self.ledger.open(name, text, placement.native)
             for placement in leaving:
-                placement.move(Event.KEPT)
-            _LOG.exception("the route table could not be published")
-            raise ServingError(
-                Reason.LOAD_FAILED, f"model {name!r}: the route table could not be published; see the log"
-            ) from error
+                placement.move(Event.DISMISSED, _UNLOADED)
+
+        try:
+            self._update(name, update, moves)
+        except Exception as error:
+            # The old table is in force and was not touched.
+            refusal = error if isinstance(error, ServingError) else None
+            if refusal is None:
+                _LOG.exception("the route table could not be published", extra={"model": name})
+                refusal = _failed(name, "the route table could not be published; see the log")
+            for placement in loaded.values():
+                self._discard(placement, refusal.message)
+            self._record_failure(name, refusal.message, loaded)
+            raise refusal from error
+
+    def _naming(self, name: str) -> Callable[[_Model], _Model]:
+        """What the repository has of a model, as a change of what is known of it."""
+        texts = self._repository.version_names(name)
+        is_kept = self._repository.has(name) or name in self._load_models
+        return lambda model: model.naming(texts, is_kept)
 
     def _remove(self, name: str) -> None:
         """Takes every version out of the route and lets go of it."""
-        own = self._own.setdefault(name, _Own())
-        own.tried = None
-        model = self._models.get(name)
-        if model is None:
-            return
-        leaving = [entry.placement for entry in model.entries.values() if entry.is_ready and entry.placement]
-        for placement in leaving:
-            placement.move(Event.DISMISSED, _UNLOADED)
+        named = self._naming(name)
+        leaving = list(self._serving(name).values())
 
         def update(model: _Model) -> _Model:
             entries = {
-                text: replace(entry, reason=_UNLOADED) if entry.placement in leaving else entry
+                text: replace(entry, is_ready=False, reason=_UNLOADED)
                 for text, entry in model.entries.items()
+                if entry.is_ready
             }
-            return replace(model, entries=MappingProxyType(entries), reason=_UNLOADED, is_wanted=False)
+            return named(replace(model.with_entries(entries), reason=_UNLOADED))
 
-        self._update(name, update)
+        self._tried.pop(name, None)
+
+        def moves() -> None:
+            for placement in leaving:
+                placement.move(Event.DISMISSED, _UNLOADED)
+
+        self._update(name, update, moves, is_shown_first=True)
         for placement in leaving:
             _LOG.info(
                 "model %s version %s left the route",
@@ -645,4 +785,235 @@ class Manager:
                 placement.version,
                 extra={"model": name, "version": placement.version},
             )
-        self._retire(name, own, leaving)
+        self._retire(leaving)
+
+    def _record_failure(self, name: str, message: str, tried: Collection[str] = ()) -> None:
+        """Keeps the reason for the index. `tried` are the versions whose placements say it already; without any, it is
+        why none of the model's versions could be loaded."""
+        named = self._naming(name)
+
+        def update(model: _Model) -> _Model:
+            model = named(replace(model, reason=message))
+            entries = {}
+            for text, entry in model.entries.items():
+                if entry.is_ready:
+                    entries[text] = replace(entry, reason=message)
+                elif not tried and (entry.placement is None or not entry.placement.is_alive):
+                    entries[text] = _Entry(text, is_named=entry.is_named, reason=message)
+            return model.with_entries(entries)
+
+        self._update(name, update)
+
+    # -- what is known and published -----------------------------------------------------------------------------------
+
+    def _update(
+        self,
+        name: str,
+        change: Callable[[_Model], _Model],
+        moves: Callable[[], None] = lambda: None,
+        *,
+        is_shown_first: bool = False,
+    ) -> None:
+        """Replaces one model: publishes the routes that follow from it, calls `moves`, and shows it to queries.
+
+        `is_shown_first` shows it before the publish. When the publish raises, nothing has changed.
+        """
+        with self._state_lock:
+            before = self._models.get(name) or _Model(name)
+            after = change(before)
+            self._show({**self._models, name: after}, moves, is_shown_first=is_shown_first)
+        if before.ready != after.ready:
+            self._tell(name)
+
+    def _show(
+        self,
+        models: Mapping[str, _Model],
+        moves: Callable[[], None] = lambda: None,
+        *,
+        is_shown_first: bool = False,
+    ) -> None:
+        """The step from one state to the next. REQUIRES: _state_lock is held."""
+        before = self._models
+        models = MappingProxyType({n: model for n, model in models.items() if model.entries or model.is_kept})
+        routes = [self._route(model) for _, model in sorted(models.items())]
+        if is_shown_first:
+            self._models = models
+        if routes != self._published:
+            try:
+                self._publish(routes)
+            except BaseException:
+                self._models = before
+                raise
+            self._published = routes
+        moves()
+        self._models = models
+
+    def _route(self, model: _Model) -> Any:
+        versions = [
+            self._native.VersionRoute(entry.text, entry.placement.native, "")
+            if entry.is_ready and entry.placement is not None
+            else self._native.VersionRoute(entry.text, None, entry.shown_reason)
+            for entry in model.routed
+        ]
+        return self._native.ModelRoute(model.name, versions, model.default, model.aliases)
+
+    def _tell(self, name: str) -> None:
+        for listener in self._listeners:
+            try:
+                listener(name)
+            except Exception:
+                # A listener is told; what it makes of it must not end a load.
+                _LOG.exception("a listener of the manager failed")
+
+    def _refresh_names(self, max_age_s: float = 0.0) -> None:
+        """Looks which models and versions the repository has, unless that was done `max_age_s` ago or later."""
+        with self._state_lock:
+            now = self._clock()
+            if self._names_at is not None and now - self._names_at < max_age_s:
+                return
+            self._names_at = now
+        try:
+            found = {name: self._repository.version_names(name) for name in self._repository.names()}
+        except SourceError as error:
+            _LOG.error("%s", error)
+            return
+        with self._state_lock:
+            models = {
+                name: model.naming(found.get(name, ()), is_kept=name in found or name in self._load_models)
+                for name, model in self._models.items()
+            }
+            for name, texts in found.items():
+                if name not in models:
+                    models[name] = _Model(name).naming(texts, is_kept=True)
+            self._show(models)
+
+    # -- the end of a version ------------------------------------------------------------------------------------------
+
+    def _retire(self, leaving: Sequence[Placement]) -> None:
+        """Frees versions that have left the route, in the background."""
+        for placement in leaving:
+            with self._state_lock:
+                future = self._retirements.submit(self._retire_one, placement)
+                self._retiring[future] = placement.name
+            future.add_done_callback(self._retired)
+
+    def _retired(self, future: Future[bool]) -> None:
+        with self._state_lock:
+            del self._retiring[future]
+
+    def _wait_for_retirements(self, name: str) -> None:
+        with self._state_lock:
+            waiting = [future for future, of in self._retiring.items() if of == name]
+        wait(waiting)
+
+    def _retire_one(self, placement: Placement) -> bool:
+        """Lets a version finish what it took and frees it. False when its work had to be ended by force."""
+        name, version = placement.name, placement.version
+        extra = {"model": name, "version": version}
+        timeout_s = self._drain_timeout_s
+        if self._close_by is not None:
+            timeout_s = max(0.0, min(timeout_s, self._close_by - self._clock()))
+        native = placement.let_go()
+        is_clean = False
+        try:
+            is_clean = self._loader.unload(native, timeout_s)
+            if not is_clean:
+                _LOG.warning(
+                    "model %s version %s: what it still ran after %.1f s was ended by force",
+                    name,
+                    version,
+                    timeout_s,
+                    extra=extra,
+                )
+        except Exception:
+            _LOG.exception("model %s version %s could not be freed", name, version, extra=extra)
+        placement.move(Event.DRAINED, _UNLOADED)
+        self.ledger.close(name, version, native)
+        self._release_files(placement)
+        placement.move(Event.FREED, _UNLOADED)
+        self._forget(placement)
+        _LOG.info("model %s version %s is unloaded", name, version, extra=extra)
+        return is_clean
+
+    def _forget(self, placement: Placement) -> None:
+        """Leaves of a freed version what the repository has of it: its name."""
+
+        def update(model: _Model) -> _Model:
+            entries = {
+                text: _Entry(text, is_named=entry.is_named, reason=_UNLOADED)
+                for text, entry in model.entries.items()
+                if entry.placement is placement
+            }
+            named = [text for text, entry in model.entries.items() if entry.is_named]
+            return model.with_entries(entries).naming(named, model.is_kept)
+
+        self._update(placement.name, update)
+
+    def _discard(self, placement: Placement, reason: str) -> None:
+        """Frees a loaded version that was never published."""
+        try:
+            self._loader.unload(placement.let_go(), _DISCARD_TIMEOUT_S)
+        except Exception:
+            # The failure that brought us here is the one to tell.
+            extra = {"model": placement.name, "version": placement.version}
+            _LOG.exception("a version that is not wanted any more could not be freed", extra=extra)
+        self._release_files(placement)
+        placement.move(Event.BROKE, reason)
+
+    def _release_files(self, placement: Placement) -> None:
+        files = self._files.pop(placement, None)
+        if files is not None:
+            files.release()
+
+
+# -- texts and files ---------------------------------------------------------------------------------------------------
+
+
+def _quoted(text: str) -> str:
+    """Text from a client inside a message: bounded, as the native core quotes it."""
+    return f"'{text[:128]}...'" if len(text) > 128 else f"'{text}'"
+
+
+def _failed(name: str, message: str) -> ServingError:
+    return ServingError(Reason.LOAD_FAILED, f"model {_quoted(name)} cannot be loaded: {without_paths(message)}")
+
+
+def _config_of(folder: ModelFolder) -> ModelConfig:
+    """The configuration as written in the folder; an empty one when there is none. Raises ServingError."""
+    if folder.problem:
+        raise _failed(folder.name, folder.problem)
+    if not folder.config_text:
+        return model_config_pb2.ModelConfig()
+    try:
+        return read_text(folder.config_text)
+    except ConfigError as error:
+        raise _failed(folder.name, str(error)) from error
+
+
+def _checked_files(files: Mapping[str, bytes]) -> dict[tuple[str, str], bytes]:
+    """(version, file name) -> bytes. Raises ServingError INVALID_TENSOR for a name that is not `<version>/<file>`."""
+    checked: dict[tuple[str, str], bytes] = {}
+    for given, content in files.items():
+        version, _, name = given.removeprefix("file:").partition("/")
+        if not is_version_name(version) or not is_plain_name(name):
+            raise ServingError(
+                Reason.INVALID_TENSOR,
+                f"parameter {_quoted(given)}: write file:<version>/<file> with a version like 1 or 1.2.3 and a file "
+                "name of letters, digits, . _ -",
+            )
+        checked[version, name] = content
+    return checked
+
+
+def _store(name: str, files: Mapping[tuple[str, str], bytes]) -> _Files:
+    """Writes a request's files as a repository of one model into a private folder. Raises ServingError."""
+    root = Path(tempfile.mkdtemp(prefix="tidegate-load-"))
+    try:
+        for (version, filename), content in files.items():
+            folder = root / name / version
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / filename).write_bytes(content)
+    except OSError as error:
+        shutil.rmtree(root, ignore_errors=True)
+        raise _failed(name, f"the files of the request cannot be stored: {error.strerror}") from error
+    return _Files(root)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format, text_format
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 
 from protos.gen import model_config_pb2 as pb
 from server.policy.versions import All, Latest, Specific, VersionPolicy
@@ -198,13 +198,15 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a value of JSON")
 
 
-def _prepared(value: Any, message: Descriptor, path: str, problems: _Problems) -> Any:
-    """The value with enum names in their own case; unknown fields and non-objects become problems."""
+def _prepared(value: Any, message: Any, path: str, problems: _Problems) -> Any:
+    """The value with enum names in their own case; unknown fields and non-objects become problems. `message`: its
+    Descriptor."""
     if not isinstance(value, dict):
         problems.add(path or "config", f"must be an object, not {_kind(value)}")
         return value
     prepared: dict[str, Any] = {}
     for key, given in value.items():
+        field: FieldDescriptor | None
         field = message.fields_by_name.get(key) or message.fields_by_camelcase_name.get(key)
         at = f"{path}.{key}" if path else key
         if field is None:
@@ -419,7 +421,9 @@ def _check_refused(config: pb.ModelConfig, problems: _Problems) -> None:
     refuse(config.response_cache.enable, "response_cache.enable", "there is no response cache")
     refuse(bool(config.model_operations.op_library_filename), "model_operations", "a model cannot bring code")
     refuse(bool(config.model_repository_agents.agents), "model_repository_agents", "there are no repository agents")
-    refuse(bool(config.cc_model_filenames), "cc_model_filenames", "use default_model_filename; it holds for all devices")
+    refuse(
+        bool(config.cc_model_filenames), "cc_model_filenames", "use default_model_filename; it holds for all devices"
+    )
     refuse(bool(config.metric_tags), "metric_tags", "metrics carry the labels model and version only")
     refuse(bool(config.model_metrics.metric_control), "model_metrics", "the buckets of histograms are fixed")
     refuse(optimization.priority != 0, "optimization.priority", "models have no priority; use instance_group.count")
@@ -477,23 +481,8 @@ def _check_queue_policy(policy: pb.ModelQueuePolicy, path: str, problems: _Probl
 
 
 def _check_tensors(config: pb.ModelConfig, problems: _Problems) -> None:
-    for side, tensors in (("input", config.input), ("output", config.output)):
-        seen: set[str] = set()
-        for index, tensor in enumerate(tensors):
-            path = f"{side}[{index}]"
-            if not tensor.name:
-                problems.add(f"{path}.name", "is missing")
-            elif tensor.name in seen:
-                problems.add(f"{path}.name", f"{tensor.name!r} is given twice")
-            seen.add(tensor.name)
-            if tensor.is_shape_tensor:
-                problems.add(f"{path}.is_shape_tensor", "shape tensors are not supported")
-            if tensor.is_non_linear_format_io:
-                problems.add(f"{path}.is_non_linear_format_io", "tensors are row-major here")
-            if any(dim < 1 and dim != -1 for dim in tensor.dims):
-                problems.add(f"{path}.dims", f"{_shown(tensor.dims)}: a dimension is -1 (free) or at least 1")
-            if tensor.HasField("reshape"):
-                _check_reshape(tensor, path, problems)
+    _check_side("input", config.input, problems)
+    _check_side("output", config.output, problems)
     for index, tensor in enumerate(config.input):
         path = f"input[{index}]"
         if tensor.optional:
@@ -504,7 +493,28 @@ def _check_tensors(config: pb.ModelConfig, problems: _Problems) -> None:
             problems.add(f"{path}.format", "FORMAT_NHWC and FORMAT_NCHW need three dims")
     for index, output in enumerate(config.output):
         if output.label_filename:
-            problems.add(f"output[{index}].label_filename", "classification is not supported; outputs are sent as they are")
+            problems.add(
+                f"output[{index}].label_filename", "classification is not supported; outputs are sent as they are"
+            )
+
+
+def _check_side(side: str, tensors: Sequence[pb.ModelInput | pb.ModelOutput], problems: _Problems) -> None:
+    seen: set[str] = set()
+    for index, tensor in enumerate(tensors):
+        path = f"{side}[{index}]"
+        if not tensor.name:
+            problems.add(f"{path}.name", "is missing")
+        elif tensor.name in seen:
+            problems.add(f"{path}.name", f"{tensor.name!r} is given twice")
+        seen.add(tensor.name)
+        if tensor.is_shape_tensor:
+            problems.add(f"{path}.is_shape_tensor", "shape tensors are not supported")
+        if tensor.is_non_linear_format_io:
+            problems.add(f"{path}.is_non_linear_format_io", "tensors are row-major here")
+        if any(dim < 1 and dim != -1 for dim in tensor.dims):
+            problems.add(f"{path}.dims", f"{_shown(tensor.dims)}: a dimension is -1 (free) or at least 1")
+        if tensor.HasField("reshape"):
+            _check_reshape(tensor, path, problems)
 
 
 def _check_reshape(tensor: pb.ModelInput | pb.ModelOutput, path: str, problems: _Problems) -> None:
@@ -728,7 +738,9 @@ def _accelerated(
             problems.add(path, f"the installed runtime has no {OPENVINO}")
         for key in accelerator.parameters:
             if key not in _OPENVINO_KEYS:
-                problems.add(f"{path}.parameters[{key!r}]", f"unknown option; openvino has {', '.join(sorted(_OPENVINO_KEYS))}")
+                problems.add(
+                    f"{path}.parameters[{key!r}]", f"unknown option; openvino has {', '.join(sorted(_OPENVINO_KEYS))}"
+                )
         cpu.append(ProviderSettings(OPENVINO, dict(sorted(accelerator.parameters.items()))))
     if accelerators.gpu_execution_accelerator and not _wants_gpu(config, machine):
         problems.add(
@@ -860,12 +872,14 @@ def complete(
         done.dynamic_batching.SetInParent()
     for size in done.dynamic_batching.preferred_batch_size:
         if size > max(done.max_batch_size, 1) and not config.max_batch_size:
-            problems.add("dynamic_batching.preferred_batch_size", f"{size} is above max_batch_size {done.max_batch_size}")
+            problems.add(
+                "dynamic_batching.preferred_batch_size", f"{size} is above max_batch_size {done.max_batch_size}"
+            )
 
     for side, infos, given in (("input", inputs, config.input), ("output", outputs, config.output)):
         _match_names(side, infos, given, problems)
         by_name = {tensor.name: tensor for tensor in given}
-        done.ClearField(side)  # type: ignore[arg-type]
+        done.ClearField(side)
         for info in infos:
             if side == "output" and given and info.name not in by_name:
                 continue  # A configuration may serve some of a model's outputs.
@@ -928,9 +942,7 @@ def _max_batch_size(
     return default_max_batch_size
 
 
-def _says_no_batching(
-    config: pb.ModelConfig, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]
-) -> bool:
+def _says_no_batching(config: pb.ModelConfig, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> bool:
     """Whether the configuration writes out the first dimension, as one does for a model that is not to be batched."""
     ranks = {("input", info.name): len(info.dims) for info in inputs}
     ranks |= {("output", info.name): len(info.dims) for info in outputs}
@@ -971,7 +983,7 @@ def _complete_tensor(tensor: Any, side: str, info: TensorInfo, is_batched: bool,
     if tensor.dims:
         shape = list(tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims)
         fits = len(shape) == len(model_dims) and all(
-            have == -1 or want == have for want, have in zip(shape, model_dims, strict=True)
+            have in (-1, want) for want, have in zip(shape, model_dims, strict=True)
         )
         # No dimensions in the file also stands for "not known before a run".
         if not fits and info.dims:
@@ -991,7 +1003,7 @@ def _complete_tensor(tensor: Any, side: str, info: TensorInfo, is_batched: bool,
 
 
 def model_settings(completed: pb.ModelConfig, version: str, groups: tuple[InstanceGroup, ...]) -> ModelSettings:
-    """The values the native core serves by. REQUIRES: `completed` comes from complete(). Warm-up batches are left out."""
+    """The values the native core serves by. REQUIRES: `completed` comes from complete(). Without warm-up batches."""
     batch = (-1,) if completed.max_batch_size else ()
 
     def tensor(given: pb.ModelInput | pb.ModelOutput) -> TensorSettings:

@@ -106,10 +106,10 @@ def _fields(data: _Buffer, at: int, end: int) -> Iterator[tuple[int, int, int, i
 
 
 def external_data(data: _Buffer) -> list[ExternalData]:
-    """Every reference to another file in the bytes of a ModelProto, in initializers, attributes, subgraphs and functions.
+    """Every reference to another file in the bytes of a ModelProto: initializers, attributes, subgraphs, functions.
 
-    Raises OnnxFileError when the bytes are not a whole ModelProto as far as they were looked at, nest too deep, or hold a
-    node whose content lives in files of its own kind (EPContext).
+    Raises OnnxFileError when the bytes are not a whole ModelProto as far as they were looked at, nest too deep, or hold
+    a node whose content lives in files of its own kind (EPContext).
     """
     found: list[ExternalData] = []
     has_graph = False

@@ -1,7 +1,7 @@
 """One version on this node: its state, the legal moves between states, and what a READY one offers.
 
-Threads    The thread that loads, unloads or retires the version moves it (the manager lets one at a time). Anybody reads:
-           each attribute is replaced whole.
+Threads    The thread that loads, unloads or retires the version moves it (the manager lets one at a time). Anybody
+           reads: each attribute is replaced whole.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from protos.gen.model_config_pb2 import ModelConfig
     from server._native import Version
+    from server.loader import LoadedVersion
     from server.settings import ModelSettings
 
 
 class State(Enum):
-    """The life of a placement. READY is announced after it can serve, DRAINING before it stops."""
+    """The life of a placement."""
 
     NEW = "NEW"  # asked for, nothing done yet
     LOADING = "LOADING"  # files are checked, sessions open
@@ -79,8 +80,7 @@ class IllegalTransition(Exception):
 class Placement:
     """One version of a model on this node.
 
-    `config` and `settings` are set from READY on and stay; `native` is the version that serves, None before WARMING and
-    once GONE. `reason` says why it is not READY, or why the last attempt to replace it failed.
+    `native` is the version that serves, None before it is loaded and once it is freed. `reason`: why it is not READY.
     """
 
     def __init__(self, name: str, version: str) -> None:
@@ -88,12 +88,12 @@ class Placement:
         self.version = version
         self.state = State.NEW
         self.reason = ""
-        self.config: ModelConfig | None = None
-        self.settings: ModelSettings | None = None
         self.native: Version | None = None
-        self.load_seconds = 0.0
+        self.fingerprint: tuple[Any, ...] = ()  # of what it is made of
         self.weights_bytes = 0
-        self.fingerprint: tuple[Any, ...] = ()
+        self.load_seconds = 0.0
+        self._config: ModelConfig | None = None
+        self._settings: ModelSettings | None = None
 
     def move(self, event: Event, reason: str = "") -> None:
         """Takes one legal step. Raises IllegalTransition for any other."""
@@ -102,6 +102,38 @@ class Placement:
             raise IllegalTransition(f"{self.name} {self.version}: no move {event.name} from {self.state.name}")
         self.reason = reason
         self.state = state
+
+    def hold(self, loaded: LoadedVersion) -> None:
+        """Takes what the loader made."""
+        self._config = loaded.config
+        self._settings = loaded.settings
+        self.weights_bytes = loaded.weights_bytes
+        self.load_seconds = loaded.load_seconds
+        self.native = loaded.native
+
+    def let_go(self) -> Version:
+        """Gives the native version away. REQUIRES: it holds one. What it was stays known: config, settings."""
+        native = self.native
+        assert native is not None, f"{self!r} holds no native version"
+        self.native = None
+        return native
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration in force, completed from the model. REQUIRES: it was loaded; it may be gone again."""
+        assert self._config is not None, f"{self!r} was never loaded"
+        return self._config
+
+    @property
+    def settings(self) -> ModelSettings:
+        """The values it serves by. REQUIRES: it was loaded; it may be gone again."""
+        assert self._settings is not None, f"{self!r} was never loaded"
+        return self._settings
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it serves, may come to serve, or is not freed yet."""
+        return self.state not in (State.FAILED, State.GONE)
 
     @property
     def index_state(self) -> str:

@@ -3,12 +3,13 @@
 Two lanes, each with its own threads, so that a health check never waits behind another RPC:
 
 - fast: one thread; handlers look something up and return.
-- general: four threads. One of them at a time waits for the next event, so the events of a stream are handled in their
-  order; a stream's handlers run before the next event is taken and therefore must not block. Unary handlers run after
+- general: four threads. One of them at a time waits for the next event, so a stream's events are handled in their
+  order. A stream's handlers run before the next event is taken and therefore must not block; unary handlers run after
   it, four at a time. Patient ones (load, unload: minutes) move on to threads of their own, so that no number of loads
   keeps metadata and statistics waiting.
 
-The native side bounds what waits for a lane; here streams and patient calls have bounds, and whoever is over one is told.
+The native side bounds what waits for a lane; here streams and patient calls have bounds, and whoever is over one is
+told.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from server.rpc.repository import Repository
     from server.rpc.settings import Settings
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 INFERENCE = "/inference.GRPCInferenceService/"
 HEALTH = "/grpc.health.v1.Health/"
@@ -79,7 +80,7 @@ class Stream(Protocol):
         """The client's next message."""
 
     def half_close(self) -> bool:
-        """The client has sent its last message. False: that was all, end the call with OK; True: there is more to say."""
+        """The client has sent its last message. False: that was all, end the call with OK; True: there is more."""
 
     def closed(self) -> None:
         """The call is over, for whatever reason. Called exactly once, last."""
@@ -181,9 +182,10 @@ class SlowRpcs:
         self._threads: list[threading.Thread] = []
         # Held while waiting for a general event and while it is sorted: keeps the events of a stream in order.
         self._turn = threading.Lock()
-        self._streams: dict[SlowCall, Stream] = {}  # guarded by _turn
-        self._ended_early: OrderedDict[SlowCall, None] = OrderedDict()  # guarded by _turn
-        self._no_streams: ServingError | None = None  # guarded by _turn; set once streams are refused
+        self._streams_lock = threading.Lock()  # after _turn; guards the following three
+        self._streams: dict[SlowCall, Stream] = {}
+        self._ended_early: OrderedDict[SlowCall, None] = OrderedDict()
+        self._no_streams: ServingError | None = None  # set once streams are refused
         self._patient: Queue[tuple[SlowCall, Unary, bytes] | None] = Queue(MOST_PATIENT + PATIENT_THREADS)
 
     def declarations(self) -> dict[str, str]:
@@ -200,13 +202,13 @@ class SlowRpcs:
 
     def end_streams(self, reason: Reason, message: str) -> None:
         """Ends the open streams and refuses new ones, so that a drain need not wait for clients that only listen."""
-        with self._turn:
+        with self._streams_lock:
             self._no_streams = ServingError(reason, message)
             for call in list(self._streams):
                 self._end(call, self._no_streams)
 
     def close(self) -> None:
-        """The threads take nothing more. Calls that run are finished. Does not wait; the front end's stop wakes them."""
+        """The threads take nothing more; calls that run are finished. Does not wait: the front end wakes them."""
         self._stopping.set()
 
     def join(self, timeout_s: float) -> None:
@@ -242,7 +244,8 @@ class SlowRpcs:
                     continue
                 method = self._table[event.call.method]
                 if isinstance(method, Streaming):
-                    self._stream_event(event, method)
+                    with self._streams_lock:
+                        self._stream_event(event, method)
                     continue
             if event.kind != "message":
                 continue  # A unary call that is cancelled is told so by `call.cancelled`.
@@ -279,7 +282,7 @@ class SlowRpcs:
             message = f"{MOST_PATIENT} loads and unloads are waiting already: try again when some are done"
             call.finish(status_of(Reason.QUEUE_FULL), message)
 
-    # -- streams, all of it with _turn held ----------------------------------------------------------------------------
+    # -- streams, all of it with _streams_lock held --------------------------------------------------------------------
 
     def _stream_event(self, event: SlowEvent, method: Streaming) -> None:
         call = event.call
@@ -323,10 +326,10 @@ class SlowRpcs:
 def failure(error: Exception, method: str) -> tuple[int, str]:
     """The status and message of a call whose handler raised.
 
-    A ServingError was meant for the client. Anything else is ours: the client gets a number to quote, the log the trace.
+    A ServingError was meant for the client. Anything else is ours: the client gets a number to quote, the log a trace.
     """
     if isinstance(error, ServingError):
         return status_of(error.reason), error.message
     error_id = uuid.uuid4().hex[:16]
-    log.error("handler failed", exc_info=error, extra={"method": method, "error_id": error_id})
+    _LOG.error("handler failed", exc_info=error, extra={"method": method, "error_id": error_id})
     return status_of(Reason.INTERNAL), f"internal error {error_id}: the server's log says more under this number"

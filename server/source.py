@@ -94,6 +94,20 @@ class Repository:
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
 
+    def has(self, name: str) -> bool:
+        """Whether there is a folder of a model of that name."""
+        return is_plain_name(name) and (self._root / name).is_dir()
+
+    def version_names(self, name: str) -> list[str]:
+        """The names of a model's version folders, unsorted; [] when there is no such model. No file is looked at."""
+        if not is_plain_name(name):
+            return []
+        try:
+            with os.scandir(self._root / name) as entries:
+                return [entry.name for entry in entries if is_version_name(entry.name) and entry.is_dir()]
+        except OSError:
+            return []  # Gone, or not to be read: model() says why to whoever loads it.
+
     def names(self) -> list[str]:
         """Models by name: folders whose name we take. Raises SourceError when the directory cannot be read."""
         try:
@@ -192,7 +206,8 @@ def _files(folder: Path) -> Iterator[tuple[str, int, int, int]]:
 class Watcher:
     """Looks at a repository again and again and holds back what may still be in the middle of a copy.
 
-    A model's folder counts once two looks in a row found it the same. One thread.
+    A model's folder counts once two looks in a row found it the same, and is gone once two in a row did not find it: a
+    folder that is replaced by two renames is missing for a moment. One thread.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -200,13 +215,15 @@ class Watcher:
         self._last: dict[str, tuple[object, ...]] = {}
 
     def look(self) -> tuple[dict[str, ModelFolder], set[str]]:
-        """(models whose folder has settled, names of all models). Raises SourceError when the root cannot be read."""
+        """(models whose folder has settled, names of all that are not gone). Raises SourceError when the root cannot be
+        read."""
         folders = {}
         for name in self._repository.names():
             folder = self._repository.model(name)
-            if folder is not None:
+            if folder is not None:  # None: removed while we looked
                 folders[name] = folder
         seen = {name: folder.whole_fingerprint for name, folder in folders.items()}
         settled = {name: folder for name, folder in folders.items() if self._last.get(name) == seen[name]}
+        present = {*folders, *self._last}
         self._last = seen
-        return settled, set(folders)
+        return settled, present

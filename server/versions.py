@@ -1,7 +1,7 @@
 """Semantic versions and ranges, pure: the Python side of `ext/route/semver.h`, run on the same table of comparisons.
 
-A version is MAJOR[.MINOR[.PATCH]][-PRERELEASE][+BUILD]. Missing numbers are 0, so that a folder `3` counts as 3.0.0; its
-text stays `3`. Order is that of semver.org 2.0.0 section 11; build metadata does not count.
+A version is MAJOR[.MINOR[.PATCH]][-PRERELEASE][+BUILD]. Missing numbers are 0, so that a folder `3` counts as 3.0.0;
+its text stays `3`. Order is that of semver.org 2.0.0 section 11; build metadata does not count.
 Ranges: ^1.4  ~1.4  >=1.2  >1.2  <=1.2  <2  =1.2.3, several joined by blanks or commas; 1.x, 1.4.x, *.
 A pre-release satisfies a range only when some bound of the range names a pre-release of the same MAJOR.MINOR.PATCH.
 """

@@ -75,8 +75,8 @@ def _of_ordinal(ordinal: int, ordered: Sequence[str]) -> str | None:
 def default_version(ready: Iterable[str]) -> str:
     """What an empty `model_version` means: the highest of the READY versions by semantic order, "" when there is none.
 
-    1.0.0 is above 1.0.0-rc.1, and 2.0.0-rc.1 is above both: an operator who wants no pre-release to answer unnamed calls
-    leaves it out of the version policy.
+    1.0.0 is above 1.0.0-rc.1, and 2.0.0-rc.1 is above both: an operator who wants no pre-release to answer unnamed
+    calls leaves it out of the version policy.
     """
     ordered = highest_first(ready)
     return ordered[0] if ordered else ""

@@ -2,7 +2,8 @@
 
 Services: "" and `inference.GRPCInferenceService` mean the whole server, `NAME` a model (some version of it can answer),
 `NAME@VERSION` one version. The server is SERVING once its start is done, that is, each initial model is READY or has
-failed: one broken model must not keep the others from being called. It is NOT_SERVING from the moment it is told to stop.
+failed: one broken model must not keep the others from being called. It is NOT_SERVING from the moment it is told to
+stop.
 
 Check and List read the state of the moment. Watchers are told by one thread, which the manager's listener only wakes:
 the manager never waits for a watcher, and two changes in a row may be told as one.
@@ -127,13 +128,10 @@ class Health:
     def _services(self) -> Iterator[str]:
         yield ""
         yield INFERENCE
-        seen = set()
-        for row in self._manager.index(ready_only=False):
-            if row.name not in seen:
-                seen.add(row.name)
-                yield row.name
-            if row.version:
-                yield f"{row.name}@{row.version}"
+        # What is known already: a health check reads no disk.
+        for name, versions in self._manager.known().items():
+            yield name
+            yield from (f"{name}@{version}" for version in versions)
 
     # -- watchers ------------------------------------------------------------------------------------------------------
 
@@ -170,14 +168,16 @@ class Watch:
     def __init__(self, health: Health, call: SlowCall) -> None:
         self._health = health
         self._call = call
-        self._last: int | None = None
+        self._last: health_pb2.HealthCheckResponse.ServingStatus | None = None
         self._asked = False
         self.service = ""
 
     def message(self, payload: bytes) -> None:
         """The request. Raises ServingError for a message that cannot be read or is not the only one."""
         if self._asked:
-            raise ServingError(Reason.MALFORMED_MESSAGE, "Watch takes one request: open another call for another service")
+            raise ServingError(
+                Reason.MALFORMED_MESSAGE, "Watch takes one request: open another call for another service"
+            )
         self._asked = True
         try:
             self.service = health_pb2.HealthCheckRequest.FromString(payload).service
@@ -195,7 +195,7 @@ class Watch:
         """The call is over."""
         self._health.remove(self)
 
-    def tell(self, status: int) -> None:
+    def tell(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         """Sends a status unless it is the one sent last."""
         if status != self._last:
             self._last = status

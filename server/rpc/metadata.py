@@ -71,7 +71,11 @@ class Metadata:
     def model_statistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
         """ModelStatistics of one version, all versions of a model (no version), or everything (no name)."""
         return pb.ModelStatisticsResponse(
-            model_stats=[model_statistics(placement) for placement in self._counted(request.name, request.version)]
+            model_stats=[
+                model_statistics(placement, counted)
+                for placement in self._counted(request.name, request.version)
+                if (counted := self._manager.ledger.total(placement.name, placement.version)) is not None
+            ]
         )
 
     def _counted(self, name: str, version: str) -> list[Placement]:
@@ -84,6 +88,4 @@ class Metadata:
 
 
 def _tensor(tensor: TensorSettings) -> pb.ModelMetadataResponse.TensorMetadata:
-    return pb.ModelMetadataResponse.TensorMetadata(
-        name=tensor.name, datatype=tensor.datatype.name, shape=tensor.dims
-    )
+    return pb.ModelMetadataResponse.TensorMetadata(name=tensor.name, datatype=tensor.datatype.name, shape=tensor.dims)

@@ -7,12 +7,13 @@ v1's classes. A question that has no answer is an `error_response` and the call 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
 
+from protos import POOL
 from protos.gen import reflection_pb2
 from server.errors import Reason, ServingError
 from server.grpc_status import status_of
@@ -25,11 +26,11 @@ INVALID_ARGUMENT = status_of(Reason.INVALID_TENSOR)
 
 
 class Reflection:
-    """Answers from a descriptor pool. Stateless: one object serves all calls."""
+    """Answers from a descriptor pool, where the services' messages must be. Stateless: one object serves all calls."""
 
-    def __init__(self, services: Sequence[str], pool: descriptor_pool.DescriptorPool | None = None) -> None:
+    def __init__(self, services: Sequence[str], pool: DescriptorPool = POOL) -> None:
         self._services = tuple(sorted(services))
-        self._pool = pool or descriptor_pool.Default()
+        self._pool: Any = pool  # its stub has no types
 
     def stream(self, call: SlowCall) -> ReflectionStream:
         """A new ServerReflectionInfo call."""

@@ -58,7 +58,7 @@ class Repository:
         return pb.RepositoryModelLoadResponse()
 
     def unload(self, request: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
-        """RepositoryModelUnload: returns once nothing of the model is left. Raises ServingError."""
+        """RepositoryModelUnload: returns once no new request reaches the model. Raises ServingError."""
         _refuse_repository_name(request.repository_name)
         _require_name(request.model_name)
         unload_dependents = False
@@ -75,7 +75,8 @@ class Repository:
 def _refuse_repository_name(name: str) -> None:
     if name:
         raise ServingError(
-            Reason.NOT_SUPPORTED, f'repository "{name}": there is one repository here and it has no name, leave it empty'
+            Reason.NOT_SUPPORTED,
+            f'repository "{name}": there is one repository here and it has no name, leave it empty',
         )
 
 

@@ -62,7 +62,7 @@ class Settings:
                 raise ServingError(
                     Reason.INVALID_TENSOR,
                     f'trace setting "{name}" cannot be {", ".join(value)}: this server does not trace, it stays '
-                    f'{", ".join(TRACE[name]) or "empty"}',
+                    f"{', '.join(TRACE[name]) or 'empty'}",
                 )
         response = pb.TraceSettingResponse()
         for name, value in TRACE.items():
@@ -79,7 +79,7 @@ def changed(settings: LogSettings, values: dict[str, Any]) -> LogSettings:
     try:
         time_format = TimeFormat(values.get("log_format", settings.time_format.value))
     except ValueError as error:
-        names = " or ".join(format.value for format in TimeFormat)
+        names = " or ".join(one.value for one in TimeFormat)
         raise ServingError(Reason.INVALID_TENSOR, f"log_format must be {names}") from error
     return dataclasses.replace(
         settings,
