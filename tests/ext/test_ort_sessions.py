@@ -15,8 +15,9 @@ import pytest
 from onnx import TensorProto
 
 from server import _native
-from server.settings import DataType, ModelSettings, ProviderSettings, SessionSettings, TensorSettings
+from server.settings import DataType, InstanceGroup, ModelSettings, ProviderSettings, SessionSettings, TensorSettings
 from tests.ext.ort_models import (
+    CPU,
     Runner,
     constant,
     identity,
@@ -313,6 +314,25 @@ def test_a_closed_session_answers_nothing_but_its_instances_go_on(tmp_path: Path
     np.testing.assert_array_equal(runner.run([x])[0], x)
     del runner
     assert _native.live_objects() == before
+
+
+def test_a_version_has_as_many_instances_as_its_groups_say(tmp_path: Path) -> None:
+    gc.collect()
+    before = _native.live_objects()["instance"]
+    sessions = [open_session(identity(), tmp_path) for _ in range(2)]
+    groups = (InstanceGroup(2, CPU), InstanceGroup(1, CPU))
+    settings = settings_for(sessions[0], groups=groups)
+    for wrong in (sessions[:1], [*sessions, sessions[0]]):
+        with pytest.raises(ValueError, match="zip"):
+            _native.Version(settings, wrong)
+    version = _native.Version(settings, sessions)
+    assert _native.live_objects()["instance"] == before + 3
+    # One session may stand behind several groups.
+    shared = _native.Version(settings, [sessions[0], sessions[0]])
+    assert _native.live_objects()["instance"] == before + 6
+    assert version.retire(1.0)
+    assert shared.retire(1.0)
+    assert _native.live_objects()["instance"] == before
 
 
 def test_sessions_without_instances_leave_nothing_behind(tmp_path: Path) -> None:
