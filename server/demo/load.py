@@ -90,7 +90,7 @@ class _Client:
         began = time.perf_counter()
         try:
             reply = self._client.infer(MODEL, [tensor], request_id=request_id, client_timeout=CLIENT_TIMEOUT_S)
-            label = int(reply.as_numpy("label")[0])
+            label = int(reply.as_numpy("label").item())
         except Exception as why:  # any failure of a request is a figure of the report, and ends nothing
             outcome.failed += 1
             if len(outcome.errors) < KEPT_ERRORS:
