@@ -180,42 +180,28 @@ class SemVerRange {
       SemVer low;
       int parts = 0;
       if (!ParseSemVer(text, &low, &parts) || parts > 2 || !low.prerelease.empty()) return false;
-      SemVer high;
-      high.major = parts == 1 ? low.major + 1 : low.major;
-      high.minor = parts == 1 ? 0 : low.minor + 1;
-      bounds_.push_back({Op::kGe, low});
-      bounds_.push_back({Op::kLt, high});
-      return true;
+      return AddUpTo(std::move(low), parts == 1 ? 1 : 2);
     }
     SemVer low;
     int parts = 0;
     if (!ParseSemVer(text, &low, &parts)) return false;
-    if (op == "^") {
-      SemVer high;
-      if (low.major > 0 || parts == 1) {
-        high.major = low.major + 1;
-      } else if (low.minor > 0 || parts == 2) {
-        high.minor = low.minor + 1;
-      } else {
-        high.patch = low.patch + 1;
-      }
-      return AddBetween(low, high);
-    }
-    if (op == "~") {
-      SemVer high;
-      high.major = parts == 1 ? low.major + 1 : low.major;
-      high.minor = parts == 1 ? 0 : low.minor + 1;
-      return AddBetween(low, high);
-    }
+    if (op == "^") return AddUpTo(low, low.major > 0 || parts == 1 ? 1 : low.minor > 0 || parts == 2 ? 2 : 3);
+    if (op == "~") return AddUpTo(low, parts == 1 ? 1 : 2);
     const Op known = op == ">=" ? Op::kGe : op == ">" ? Op::kGt : op == "<=" ? Op::kLe : op == "<" ? Op::kLt : Op::kEq;
     if (known == Op::kEq && op != "=" && op != "==") return false;
     bounds_.push_back({known, std::move(low)});
     return true;
   }
 
-  bool AddBetween(SemVer low, SemVer high) {
+  // From `low` to below the next version that differs in one of the first `numbers` numbers. After the largest of all
+  // there is none, and no bound above.
+  bool AddUpTo(SemVer low, int numbers) {
+    SemVer high{low.major, numbers > 1 ? low.minor : 0, numbers > 2 ? low.patch : 0, ""};
+    if (numbers > 2 && ++high.patch == 0) numbers = 2;
+    if (numbers == 2 && ++high.minor == 0) numbers = 1;
+    const bool bounded = numbers > 1 || ++high.major != 0;
     bounds_.push_back({Op::kGe, std::move(low)});
-    bounds_.push_back({Op::kLt, std::move(high)});
+    if (bounded) bounds_.push_back({Op::kLt, std::move(high)});
     return true;
   }
 

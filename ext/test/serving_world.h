@@ -17,6 +17,7 @@
 #include "serving/statistics.h"
 #include "serving/version.h"
 #include "test/check.h"
+#include "test/random.h"
 #include "util/clock.h"
 
 namespace tidegate::test {
@@ -27,23 +28,6 @@ inline constexpr std::string_view kStreamInferPath = "/inference.GRPCInferenceSe
 // What a longer run multiplies its work by, and where its random numbers start. Set by main before the cases run.
 inline uint32_t scale = 1;
 inline uint64_t seed = 1;
-
-// A small generator of our own, so that a seed means the same everywhere (splitmix64).
-class Random {
- public:
-  explicit Random(uint64_t start) : state_(start) {}
-  uint64_t Next() {
-    uint64_t z = state_ += 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-  }
-  uint64_t Below(uint64_t end) { return Next() % end; }
-  bool OneIn(uint64_t n) { return n > 0 && Below(n) == 0; }
-
- private:
-  uint64_t state_;
-};
 
 // Looks again and again until the condition holds; fails the test when it does not within half a minute.
 template <typename Condition>
