@@ -273,8 +273,9 @@ class Admission(NamedTuple):
 def rank(list_index: int, listed_ns: int, aging_ns: int, now_ns: int) -> int:
     """Which list is served first: the lowest. A level has two, 2 * level and behind it what DELAY has set back."""
 
-def probe_pause_ns(l99_ns: int) -> int:
-    """How long nothing of a shape must have run before a run against its prediction is tried."""
+def pause_ns(l99_ns: int) -> int:
+    """How long nothing of a shape must have run before a run against its prediction is tried, and nobody been refused
+    before an overload is over."""
 
 def pushback_ms(pushback_ns: int) -> int: ...
 def plan(
@@ -289,6 +290,7 @@ def plan(
     head_arrived_ns: int = 0,
     start_by_ns: int = ...,
     last_start_ns: int = 0,
+    last_refusal_ns: int = ...,
     expected_gap_ns: int = ...,
     other_work: bool = False,
 ) -> Decision:
@@ -306,9 +308,8 @@ def admit(
     max_waiting: int = 4096,
     rows_ahead: int = 0,
     requests_ahead: int = 0,
-    instances: int = 1,
-    idle: int = 1,
-    soonest_free_ns: int = 0,
+    free_ns: Sequence[int] = (0,),
+    gap_ns: int = ...,
     max_rows: int = 1,
     batching: bool = True,
 ) -> Admission:

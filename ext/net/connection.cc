@@ -45,7 +45,12 @@ nghttp2_nv CopiedHeader(std::string_view name, std::string_view value) {
   return {Bytes(name), Bytes(value), name.size(), value.size(), NGHTTP2_NV_FLAG_NONE};
 }
 
-constexpr std::array<std::string_view, 17> kStatusText = {"0", "1", "2",  "3",  "4",  "5",  "6",  "7", "8",
+// Whether the error of a request travels as a message of its stream and leaves the stream open.
+bool IsInBand(const Call& call, Reason reason) {
+  return call.method == Method::kStreamInfer && !call.triton_grpc_error && reason != Reason::kMalformedMessage;
+}
+
+constexpr std::array<std::string_view, 17> kStatusText = {"0", "1",  "2",  "3",  "4",  "5",  "6",  "7", "8",
                                                           "9", "10", "11", "12", "13", "14", "15", "16"};
 
 }  // namespace
@@ -69,6 +74,8 @@ nghttp2_option* Connection::MakeOptions() {
   if (nghttp2_option_new(&option) != 0) return nullptr;
   // Closed streams are kept for the priority tree only, which we do not use.
   nghttp2_option_set_no_closed_streams(option, 1);
+  // gRPC allows blanks at both ends of a value.
+  nghttp2_option_set_no_rfc9113_leading_and_trailing_ws_validation(option, 1);
 #ifdef TIDEGATE_HAVE_STREAM_RESET_RATE_LIMIT
   // A lawful client whose deadlines expire under overload resets far more than the default 33 streams a second; a reset
   // takes its work out of the queue and costs us some 10 us, so the work is what we bound.
@@ -138,11 +145,15 @@ void Connection::Die() {
   dead_ = true;
   epoll_ctl(io_.epoll_fd_, EPOLL_CTL_DEL, fd_, nullptr);
   // Work of a connection that is gone is worth nothing: take it out of the queues now.
+  AbandonAll();
+  io_.dying_.push_back(this);
+}
+
+void Connection::AbandonAll() {
   for (Call* call = calls_; call; call = call->list_next) {
     Abandon(call, Reason::kCancelled);
-    if (call->slow) call->slow->Cancel();
+    CancelSlow(call);
   }
-  io_.dying_.push_back(this);
 }
 
 Call* Connection::FindCall(int32_t stream_id) {
@@ -343,6 +354,11 @@ void Connection::PingReceived() {
   last_ping_ns_ = now_ns;
 }
 
+void Connection::ForgivePings() {
+  ping_strikes_ = 0;
+  last_ping_ns_ = 0;
+}
+
 void Connection::Glitch() {
   if (glitches_.Take(io_.now_ns_)) return;
   io_.counters_.glitch_closes.Add(1);
@@ -361,6 +377,7 @@ void Connection::Terminate(uint32_t error_code, std::string_view debug) {
 // ---- a call -------------------------------------------------------------------------------------------------------
 
 void Connection::HeadersDone(Call* call) {
+  call->headers_done = true;
   if (!call->has_te) io_.counters_.te_missing.Add(1);
   if (call->header_bytes > kHeaderListBytes) {
     Finish(call, Status::Error(Reason::kMessageTooLarge, "request headers are larger than 16 KiB"));
@@ -375,7 +392,7 @@ void Connection::HeadersDone(Call* call) {
     return;
   }
   if (call->method == Method::kUnknown) {
-    Finish(call, Status::Error(Reason::kNotSupported, "unknown method " + call->path.substr(0, 256)));
+    Finish(call, Status::Error(Reason::kNotSupported, "unknown method " + call->path));
     return;
   }
   if (call->timeout_bad) {
@@ -408,10 +425,14 @@ void Connection::Data(Call* call, const uint8_t* data, size_t size) {
       data += take;
       size -= take;
       if (call->prefix_have < 5) return;
-      if (!PrefixDone(call)) return;
+      PrefixDone(call);
+      if (!call->receiving) continue;  // refused, or an empty message
     }
     std::vector<std::byte>& body = call->receiving->body;
     const size_t take = std::min<size_t>(size, call->message_bytes - body.size());
+    // Charged as it comes: a declared length is no claim on what others need.
+    if (!TakeBytes(call, call->receiving, take)) return;
+    if (body.size() + take > body.capacity()) body.reserve(call->message_bytes);
     const auto* bytes = reinterpret_cast<const std::byte*>(data);
     body.insert(body.end(), bytes, bytes + take);
     io_.counters_.bytes_received.Add(take);
@@ -421,46 +442,53 @@ void Connection::Data(Call* call, const uint8_t* data, size_t size) {
   }
 }
 
-bool Connection::PrefixDone(Call* call) {
+bool Connection::TakeBytes(Call* call, Request* request, size_t bytes) {
+  if (io_.budget_.Take(static_cast<int64_t>(bytes))) {
+    request->charged_bytes += static_cast<int64_t>(bytes);
+    return true;
+  }
+  if (request != call->receiving) io_.Recycle(request);
+  Finish(call, Status::Error(Reason::kQueueFull, "the bytes of the requests in flight have reached their limit", 100));
+  return false;
+}
+
+void Connection::PrefixDone(Call* call) {
   const uint8_t flag = call->prefix[0];
   call->message_bytes = (uint32_t{call->prefix[1]} << 24) | (uint32_t{call->prefix[2]} << 16) |
                         (uint32_t{call->prefix[3]} << 8) | call->prefix[4];
   const bool streams = call->method == Method::kStreamInfer || call->method == Method::kSlowStream;
   if (!streams && call->messages > 0) {
     Finish(call, Status::Error(Reason::kInternal, "a unary call carries one message; this one has a second"));
-    return false;
+    return;
   }
   if (flag > 1) {
     Finish(call, Status::Error(Reason::kInternal, "the compressed flag of a message is neither 0 nor 1"));
-    return false;
+    return;
   }
   call->compressed = flag == 1;
   if (call->compressed && call->encoding == Encoding::kIdentity) {
     Finish(call, Status::Error(Reason::kInternal, "a compressed message without grpc-encoding"));
-    return false;
+    return;
   }
   if (call->compressed && call->encoding == Encoding::kUnknown) {
     call->trailers.emplace_back("grpc-accept-encoding", std::string(kAcceptEncoding));
     Finish(call, Status::Error(Reason::kNotSupported,
                                "message compression is not supported; use one of " + std::string(kAcceptEncoding)));
-    return false;
+    return;
   }
   const uint32_t limit = io_.settings_.max_message_bytes;
   if (call->message_bytes > limit) {
     Finish(call, Status::Error(Reason::kMessageTooLarge, "message of " + std::to_string(call->message_bytes) +
                                                              " bytes is larger than the limit of " +
                                                              std::to_string(limit) + " bytes"));
-    return false;
-  }
-  if (!io_.budget_.Take(call->message_bytes)) {
-    Finish(call, Status::Error(Reason::kQueueFull, "the bytes of the requests in flight have reached their limit", 100));
-    return false;
+    return;
   }
   call->receiving = io_.NewRequest();
-  call->receiving->charged_bytes = call->message_bytes;
-  call->receiving->body.reserve(call->message_bytes);
+  // What does not fit now is refused before it is sent.
+  if (!TakeBytes(call, call->receiving, call->message_bytes)) return;
+  io_.budget_.Return(std::exchange(call->receiving->charged_bytes, 0));
+  call->receiving->body.reserve(std::min<size_t>(call->message_bytes, kFirstBodyBytes));
   if (call->message_bytes == 0) MessageDone(call);
-  return call->accepting && call->receiving != nullptr;
 }
 
 void Connection::MessageDone(Call* call) {
@@ -475,14 +503,7 @@ void Connection::MessageDone(Call* call) {
       Finish(call, status);
       return;
     }
-    const auto more = static_cast<int64_t>(opened.size());
-    if (!io_.budget_.Take(more)) {
-      io_.Recycle(request);
-      Finish(call,
-             Status::Error(Reason::kQueueFull, "the bytes of the requests in flight have reached their limit", 100));
-      return;
-    }
-    request->charged_bytes += more;
+    if (!TakeBytes(call, request, opened.size())) return;
     request->body.swap(opened);
     opened.clear();
   }
@@ -490,15 +511,7 @@ void Connection::MessageDone(Call* call) {
     case Method::kInfer:
     case Method::kSlowUnary: call->complete = request; return;  // until END_STREAM proves it the only one
     case Method::kStreamInfer: StartInfer(call, request); return;
-    case Method::kSlowStream: {
-      SlowEvent event{call->slow, SlowEvent::Kind::kMessage, std::move(request->body)};
-      request->body = {};
-      io_.Recycle(request);
-      if (!io_.frontend_.lane(call->slow_lane).Push(std::move(event))) {
-        Finish(call, Status::Error(Reason::kQueueFull, "too many calls are waiting; try again", 1000));
-      }
-      return;
-    }
+    case Method::kSlowStream: PushSlow(call, SlowEvent::Kind::kMessage, request); return;
     case Method::kUnknown: io_.Recycle(request); return;
   }
 }
@@ -523,20 +536,40 @@ void Connection::RemoteClosed(Call* call) {
         StartInfer(call, request);
         return;
       }
-      SlowEvent event{call->slow, SlowEvent::Kind::kMessage, std::move(request->body)};
-      request->body = {};
-      io_.Recycle(request);
-      if (!io_.frontend_.lane(call->slow_lane).Push(std::move(event))) {
-        Finish(call, Status::Error(Reason::kQueueFull, "too many calls are waiting; try again", 1000));
-      }
+      PushSlow(call, SlowEvent::Kind::kMessage, request);
       return;
     }
     case Method::kStreamInfer: FinishStreamIfDone(call); return;
-    case Method::kSlowStream:
-      io_.frontend_.lane(call->slow_lane).Push({call->slow, SlowEvent::Kind::kHalfClose, {}});
-      return;
+    case Method::kSlowStream: PushSlow(call, SlowEvent::Kind::kHalfClose, nullptr); return;
     case Method::kUnknown: return;
   }
+}
+
+void Connection::PushSlow(Call* call, SlowEvent::Kind kind, Request* message) {
+  SlowEvent event;
+  event.call = call->slow;
+  event.kind = kind;
+  if (message) {
+    event.payload = std::exchange(message->body, {});
+    event.held = BudgetHold(io_.frontend_.budget(), std::exchange(message->charged_bytes, 0));
+    io_.Recycle(message);
+  }
+  if (io_.frontend_.lane(call->slow_lane).Push(std::move(event))) {
+    call->slow_told = true;
+  } else {
+    Finish(call, Status::Error(Reason::kQueueFull, "too many calls are waiting; try again", 1000));
+  }
+}
+
+void Connection::CancelSlow(Call* call) {
+  const std::shared_ptr<SlowCall> slow = std::exchange(call->slow, nullptr);
+  if (!slow) return;
+  slow->Cancel();
+  if (call->method != Method::kSlowStream || !call->slow_told) return;
+  SlowEvent event;
+  event.call = slow;
+  event.kind = SlowEvent::Kind::kCancelled;
+  io_.frontend_.lane(call->slow_lane).Push(std::move(event));
 }
 
 void Connection::StartInfer(Call* call, Request* request) {
@@ -564,7 +597,7 @@ void Connection::StartInfer(Call* call, Request* request) {
   }
   request->status = std::move(status);
   request->done = true;
-  Deliver(call);
+  Deliver(call, request);
 }
 
 void Connection::Abandon(Call* call, Reason reason) {
@@ -574,16 +607,10 @@ void Connection::Abandon(Call* call, Reason reason) {
       io_.Recycle(request);  // counted already; it only waited for its turn
     } else {
       request->abandoned = reason;
-      io_.ready_.clear();
-      if (request->version->queue().Remove(request, &io_.ready_)) {
+      if (io_.TakeBack(request)) {
         io_.DropAbandoned(request);
       } else {
         request->cancelled.store(true, std::memory_order_relaxed);
-      }
-      for (Request* ready : io_.ready_) {
-        RequestList one;
-        one.PushBack(ready);
-        ready->home->PostDone(&one);
       }
     }
     request = next;
@@ -600,8 +627,17 @@ void Connection::OnDeadline(Call* call) {
 
 // ---- answering ----------------------------------------------------------------------------------------------------
 
-void Connection::Deliver(Call* call) {
+void Connection::Deliver(Call* call, Request* done) {
   MarkDirty();
+  // The answer may have to wait for earlier ones of its stream, longer than its version lives: what it needs of that is
+  // taken now. (Without a version it was refused at the door and has its answer already.)
+  if (const Version* version = std::exchange(done->version, nullptr)) {
+    const ModelSpec& spec = version->spec();
+    call->model_version = spec.version;
+    if (!done->status.ok() && IsInBand(*call, done->status.reason)) {
+      EncodeStreamError(spec.name, spec.version, done->id, done->status.message, &done->reply);
+    }
+  }
   // Answers leave in the order of their requests; one that is ready early waits here.
   while (call->requests_head && call->requests_head->done) {
     Request* ready = call->requests_head;
@@ -618,36 +654,31 @@ void Connection::QueueReply(Call* call, Request* request) {
     io_.Recycle(request);
     return;
   }
-  const bool has_version = request->version != nullptr;
-  if (!request->status.ok()) {
-    const bool in_band = call->method == Method::kStreamInfer && !call->triton_grpc_error &&
-                         request->status.reason != Reason::kMalformedMessage;
-    if (!in_band) {
-      const Status status = std::move(request->status);
-      if (has_version) call->model_version = request->version->spec().version;
-      io_.Recycle(request);
-      Finish(call, status);
-      return;
-    }
-    if (has_version) {  // otherwise it was refused at the door and has its answer already
-      const ModelSpec& spec = request->version->spec();
-      EncodeStreamError(spec.name, spec.version, request->id, request->status.message, &request->reply);
-    }
+  if (!request->status.ok() && !IsInBand(*call, request->status.reason)) {
+    const Status status = std::move(request->status);
+    io_.Recycle(request);
+    Finish(call, status);
+    return;
   }
-  if (has_version) call->model_version = request->version->spec().version;
-  // The body is not needed any more, the reply is: charge what is really held.
-  const auto held = static_cast<int64_t>(request->reply.size());
-  io_.budget_.Force(held);
-  io_.budget_.Return(request->charged_bytes);
-  request->charged_bytes = held;
-  if (call->replies.empty()) ++n_replying_;
-  call->replies.PushBack(request);
+  // The body stays charged as well: its memory goes back together with the answer's.
+  AddReply(call, request);
   if (call->method == Method::kInfer) {
     call->finishing = true;
     call->grpc_status = 0;
     io_.wheel_.Remove(call);
   }
   SendReplies(call);
+}
+
+void Connection::AddReply(Call* call, Request* request) {
+  const auto bytes = static_cast<int64_t>(request->reply.size());
+  io_.budget_.Force(bytes);
+  request->charged_bytes += bytes;
+  if (call->replies.empty()) {
+    ++n_replying_;
+    call->progress_ns = io_.now_ns_;
+  }
+  call->replies.PushBack(request);
 }
 
 void Connection::SendReplies(Call* call) {
@@ -670,6 +701,7 @@ ssize_t Connection::ReadReply(nghttp2_session*, int32_t, uint8_t* to, size_t siz
                               nghttp2_data_source* source, void* self) {
   auto* connection = static_cast<Connection*>(self);
   auto* call = static_cast<Call*>(source->ptr);
+  call->progress_ns = connection->io_.now_ns_;
   size_t written = 0;
   while (Request* request = call->replies.head()) {
     const size_t take = std::min(size - written, request->reply.size() - call->reply_offset);
@@ -740,9 +772,10 @@ void Connection::FinishWith(Call* call, int grpc_status, std::string_view messag
   call->finishing = true;
   call->accepting = false;
   call->grpc_status = grpc_status;
-  call->grpc_message = PercentEncode(message.substr(0, kGrpcMessageMost));
+  call->grpc_message = GrpcMessage(message, kGrpcMessageMost);
   call->pushback_ms = pushback_ms;
   io_.wheel_.Remove(call);
+  CancelSlow(call);
   if (Request* request = std::exchange(call->receiving, nullptr)) io_.Recycle(request);
   if (Request* request = std::exchange(call->complete, nullptr)) io_.Recycle(request);
   if (call->requests_head) Abandon(call, Reason::kCancelled);
@@ -775,20 +808,24 @@ void Connection::DeliverMail(Call* call, Mail* mail) {
   if (mail->kind == Mail::Kind::kMessage) {
     Request* holder = io_.NewRequest();
     holder->reply.swap(mail->message);
-    holder->charged_bytes = static_cast<int64_t>(holder->reply.size());
-    io_.budget_.Force(holder->charged_bytes);
-    if (call->replies.empty()) ++n_replying_;
-    call->replies.PushBack(holder);
+    AddReply(call, holder);
     // A unary answer and its status come together: they leave in one piece.
     if (call->method == Method::kSlowStream) SendReplies(call);
     return;
   }
+  call->slow = nullptr;
+  // nghttp2 sends what it is given, and a bad header costs a client its whole connection.
+  std::erase_if(mail->trailers, [](const auto& trailer) {
+    const auto& [name, value] = trailer;
+    return !nghttp2_check_header_name(Bytes(name), name.size()) || name.starts_with(':') ||
+           !nghttp2_check_header_value(Bytes(value), value.size());
+  });
   call->trailers = std::move(mail->trailers);
   if (!call->headers_sent && !call->replies.empty()) {
     call->finishing = true;
     call->accepting = false;
     call->grpc_status = mail->grpc_status;
-    call->grpc_message = PercentEncode(std::string_view(mail->grpc_message).substr(0, kGrpcMessageMost));
+    call->grpc_message = GrpcMessage(mail->grpc_message, kGrpcMessageMost);
     io_.wheel_.Remove(call);
     SendReplies(call);
     return;
@@ -799,9 +836,9 @@ void Connection::DeliverMail(Call* call, Mail* mail) {
 int Connection::OnFrameSend(nghttp2_session* session, const nghttp2_frame* frame, void* self) {
   auto* connection = static_cast<Connection*>(self);
   switch (frame->hd.type) {
-    case NGHTTP2_DATA: connection->ping_strikes_ = 0; return 0;
+    case NGHTTP2_DATA: connection->ForgivePings(); return 0;
     case NGHTTP2_HEADERS: {
-      connection->ping_strikes_ = 0;
+      connection->ForgivePings();
       if (!(frame->hd.flags & NGHTTP2_FLAG_END_STREAM)) return 0;
       Call* call = connection->FindCall(frame->hd.stream_id);
       // Answered before the peer had sent all: tell it to stop.
@@ -810,6 +847,9 @@ int Connection::OnFrameSend(nghttp2_session* session, const nghttp2_frame* frame
       }
       return 0;
     }
+    case NGHTTP2_GOAWAY:
+      if (frame->goaway.last_stream_id == INT32_MAX) nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, kDrainPing);
+      return 0;
     case NGHTTP2_RST_STREAM:
       switch (frame->rst_stream.error_code) {
         case NGHTTP2_NO_ERROR:
@@ -842,12 +882,7 @@ void Connection::ReleaseCall(Call* call) {
   if (call->complete) io_.Recycle(call->complete);
   if (!call->replies.empty()) --n_replying_;
   while (Request* request = call->replies.PopFront()) io_.Recycle(request);
-  if (call->slow && !call->answered) {
-    call->slow->Cancel();
-    if (call->method == Method::kSlowStream && call->messages > 0) {
-      io_.frontend_.lane(call->slow_lane).Push({call->slow, SlowEvent::Kind::kCancelled, {}});
-    }
-  }
+  CancelSlow(call);
   (call->list_prev ? call->list_prev->list_next : calls_) = call->list_next;
   if (call->list_next) call->list_next->list_prev = call->list_prev;
   if (--n_calls_ == 0) idle_since_ns_ = io_.now_ns_;
@@ -899,6 +934,7 @@ void Connection::Flush() {
       lingering_ = true;
       lingering_ns_ = io_.now_ns_;
       shutdown(fd_, SHUT_WR);
+      AbandonAll();  // after a protocol error there may be calls, whom nothing can be said any more
     }
   }
   UpdateInterest();
@@ -921,8 +957,7 @@ void Connection::UpdateInterest() {
 void Connection::BeginDrain() {
   if (drain_ns_ != 0) return;
   drain_ns_ = io_.now_ns_;
-  nghttp2_submit_shutdown_notice(session_);
-  nghttp2_submit_ping(session_, NGHTTP2_FLAG_NONE, kDrainPing);
+  nghttp2_submit_shutdown_notice(session_);  // OnFrameSend lets a PING follow: it would overtake in the queue
   MarkDirty();
 }
 
@@ -944,28 +979,23 @@ void Connection::OnSweep(int64_t now_ns) {
                           NGHTTP2_NO_ERROR, nullptr, 0);
     MarkDirty();
   }
-  if ((out_.size() > out_sent_ || n_replying_ > 0) && now_ns - progress_ns_ > kStallNs) {
+  const int64_t stall_ns =
+      io_.budget_.low() ? std::min(settings.stall_timeout_ns, kPressedStallNs) : settings.stall_timeout_ns;
+  if ((out_.size() > out_sent_ || n_replying_ > 0) && now_ns - progress_ns_ > stall_ns) {
     io_.counters_.stall_closes.Add(1);
     Die();
     return;
   }
   for (Call* call = calls_; call;) {
     Call* next = call->list_next;
-    // A stop does not wait for streams that may never end (a Watch, an idle ModelStreamInfer).
-    const bool idle_stream = call->method == Method::kSlowStream ||
-                             (call->method == Method::kStreamInfer && !call->requests_head && call->replies.empty());
-    if (io_.draining_ && final_goaway_ns_ != 0 && idle_stream) {
-      Finish(call, Status::Error(Reason::kNodeDraining, "the server is shutting down"));
-    }
-    const int64_t age_ns = now_ns - call->opened_ns;
-    const bool uploading = !call->remote_closed && !call->finishing &&
-                           (call->method == Method::kInfer || call->method == Method::kSlowUnary ||
-                            call->receiving != nullptr || call->prefix_have != 0);
-    if (uploading && age_ns > kStallNs &&
-        static_cast<int64_t>(call->body_bytes) < age_ns / 1'000'000'000 * kUploadBytesPerSecond) {
+    // While a header block is unfinished nothing else can come on the connection.
+    if (!call->headers_done && settings.handshake_timeout_ns > 0 &&
+        now_ns - call->opened_ns > settings.handshake_timeout_ns) {
       io_.counters_.stall_closes.Add(1);
-      Finish(call, Status::Error(Reason::kDeadlinePassed, "the request was sent too slowly"));
+      Die();
+      return;
     }
+    SweepCall(call, now_ns, stall_ns);
     call = next;
   }
   if (ping_sent_ns_ != 0 && now_ns - ping_sent_ns_ > settings.keepalive_timeout_ns) {
@@ -978,13 +1008,49 @@ void Connection::OnSweep(int64_t now_ns) {
     nghttp2_submit_ping(session_, NGHTTP2_FLAG_NONE, kKeepalivePing);
     MarkDirty();
   }
-  if (settings.max_connection_idle_ns > 0 && n_calls_ == 0 && now_ns - idle_since_ns_ > settings.max_connection_idle_ns) {
+  if (settings.max_connection_idle_ns > 0 && n_calls_ == 0 &&
+      now_ns - idle_since_ns_ > settings.max_connection_idle_ns) {
     BeginDrain();
   }
   if (age_limit_ns_ > 0 && now_ns - opened_ns_ > age_limit_ns_) {
     BeginDrain();
     if (now_ns - opened_ns_ > age_limit_ns_ + settings.max_connection_age_grace_ns) Die();
   }
+}
+
+void Connection::SweepCall(Call* call, int64_t now_ns, int64_t stall_ns) {
+  // A stop does not wait for streams that may never end (a Watch, an idle ModelStreamInfer). One that was opened just
+  // before the last GOAWAY, or is in the middle of a message, is not idle.
+  const bool idle_stream = call->method == Method::kStreamInfer && !call->requests_head && call->replies.empty() &&
+                           !call->receiving && call->prefix_have == 0 && now_ns - final_goaway_ns_ > kStreamGraceNs;
+  if (io_.draining_ && final_goaway_ns_ != 0 && (idle_stream || call->method == Method::kSlowStream)) {
+    Finish(call, Status::Error(Reason::kNodeDraining, "the server is shutting down"));
+  }
+  // Answers that nobody reads: the stream's window is closed, or the whole connection stands.
+  if (!call->replies.empty() && now_ns - call->progress_ns > stall_ns) {
+    io_.counters_.stall_resets.Add(1);
+    nghttp2_submit_rst_stream(session_, NGHTTP2_FLAG_NONE, call->stream_id, NGHTTP2_CANCEL);
+    call->progress_ns = now_ns;  // once is enough
+    MarkDirty();
+    return;
+  }
+  const bool uploading = call->headers_done && !call->remote_closed && !call->finishing &&
+                         (call->method == Method::kInfer || call->method == Method::kSlowUnary ||
+                          call->receiving != nullptr || call->prefix_have != 0);
+  if (!uploading) {
+    call->upload_mark_ns = 0;
+    return;
+  }
+  const int64_t marked_ns = now_ns - call->upload_mark_ns;
+  if (call->upload_mark_ns != 0 && marked_ns <= stall_ns) return;
+  const auto came = static_cast<int64_t>(call->body_bytes - call->upload_mark_bytes);
+  if (call->upload_mark_ns != 0 && came < marked_ns / 1'000'000 * kUploadBytesPerSecond / 1000) {
+    io_.counters_.stall_resets.Add(1);
+    Finish(call, Status::Error(Reason::kDeadlinePassed, "the request was sent too slowly"));
+    return;
+  }
+  call->upload_mark_ns = now_ns;
+  call->upload_mark_bytes = call->body_bytes;
 }
 
 }  // namespace tidegate

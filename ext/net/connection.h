@@ -3,7 +3,8 @@
 // Threads    The I/O thread that accepted it, for life. No other thread touches the session.
 // Owner      IoThread, by slot. A connection that has to go is marked dead and destroyed at the end of the round, never
 //            inside a callback of its own session.
-// Bounds     Frames made ahead of the socket: kOutputChunkBytes. Unsent output above kOutputPauseBytes stops reading. Calls:
+// Bounds     Frames made ahead of the socket: kOutputChunkBytes. Unsent output above kOutputPauseBytes stops reading.
+// Calls:
 //            max_streams. Bodies and answers: the node's byte budget.
 #pragma once
 
@@ -44,15 +45,15 @@ class Connection {
   void OnSweep(int64_t now_ns);
   void OnDeadline(Call* call);
 
-  // GOAWAY in two steps with a PING between them, so that no stream under way is lost; then the connection ends when its
-  // last call has been answered.
+  // GOAWAY in two steps with a PING between them, so that no stream under way is lost; then the connection ends when
+  // its last call has been answered.
   void BeginDrain();
   // Closes at once; destroyed at the end of the round.
   void Kill() { Die(); }
 
   Call* FindCall(int32_t stream_id);
   // A request of this call is done and counted: sends every answer whose turn it is.
-  void Deliver(Call* call);
+  void Deliver(Call* call, Request* done);
   void DeliverMail(Call* call, Mail* mail);
 
   static nghttp2_session_callbacks* MakeCallbacks();
@@ -76,17 +77,21 @@ class Connection {
   void HeaderOf(Call* call, std::string_view name, std::string_view value);
   void HeadersDone(Call* call);
   void Data(Call* call, const uint8_t* data, size_t size);
-  bool PrefixDone(Call* call);
+  void PrefixDone(Call* call);
+  // Charges bytes of a message. False: the node's limit is reached, the call has been refused and the request is gone.
+  bool TakeBytes(Call* call, Request* request, size_t bytes);
   void MessageDone(Call* call);
   void RemoteClosed(Call* call);
   void StartInfer(Call* call, Request* request);
   void PingReceived();
+  void ForgivePings();
 
   // Ends a call with a status: trailers-only when nothing was sent yet, else after what is waiting.
   void Finish(Call* call, const Status& status);
   void FinishWith(Call* call, int grpc_status, std::string_view message, int32_t pushback_ms);
   void FinishHttp(Call* call, int http_status);
   void FinishStreamIfDone(Call* call);
+  void AddReply(Call* call, Request* request);
   void SendReplies(Call* call);
   void SubmitTrailers(Call* call);
   void SubmitTrailersOnly(Call* call);
@@ -94,6 +99,12 @@ class Connection {
 
   // Lets go of the call's requests: what waits is taken out of its queue, what runs is marked.
   void Abandon(Call* call, Reason reason);
+  void AbandonAll();
+  // Tells Python that nobody waits for this call any more, unless it has finished it.
+  void CancelSlow(Call* call);
+  // Refuses the call when the lane is full.
+  void PushSlow(Call* call, SlowEvent::Kind kind, Request* message);
+  void SweepCall(Call* call, int64_t now_ns, int64_t stall_ns);
   void ReleaseCall(Call* call);
 
   void Glitch();  // a frame that costs us and does nothing: counted, and too many end the connection
@@ -110,9 +121,9 @@ class Connection {
   nghttp2_session* session_ = nullptr;
   std::vector<uint8_t> out_;  // frames not yet written, from out_sent_ on
   size_t out_sent_ = 0;
-  uint32_t interest_ = 0;     // epoll events asked for
+  uint32_t interest_ = 0;  // epoll events asked for
   bool dead_ = false;
-  bool lingering_ = false;    // our side is shut down; waiting for the peer's FIN
+  bool lingering_ = false;  // our side is shut down; waiting for the peer's FIN
   bool terminated_ = false;
 
   Call* calls_ = nullptr;  // all open calls
@@ -121,14 +132,14 @@ class Connection {
 
   // Clocks, all of CLOCK_MONOTONIC.
   const int64_t opened_ns_;
-  int64_t heard_ns_;         // last bytes from the peer
-  int64_t progress_ns_;      // output last moved, or nothing was waiting
-  int64_t idle_since_ns_;    // since there has been no call
-  int64_t ping_sent_ns_ = 0;     // keepalive under way
-  int64_t drain_ns_ = 0;         // when the first GOAWAY went out
+  int64_t heard_ns_;          // last bytes from the peer
+  int64_t progress_ns_;       // output last moved, or nothing was waiting
+  int64_t idle_since_ns_;     // since there has been no call
+  int64_t ping_sent_ns_ = 0;  // keepalive under way
+  int64_t drain_ns_ = 0;      // when the first GOAWAY went out
   int64_t final_goaway_ns_ = 0;
   int64_t lingering_ns_ = 0;
-  int64_t age_limit_ns_ = 0;     // with jitter
+  int64_t age_limit_ns_ = 0;  // with jitter
   bool settings_seen_ = false;
 
   // Attack detection.

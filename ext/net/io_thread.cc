@@ -22,7 +22,8 @@ namespace {
 
 constexpr int kEventsPerRound = 256;
 constexpr int kAcceptsPerRound = 64;
-constexpr int64_t kSweepNs = INT64_C(1'000'000'000);
+constexpr int64_t kSweepMostNs = INT64_C(1'000'000'000);
+constexpr int64_t kSweepLeastNs = 10'000'000;
 constexpr int64_t kDrainSweepNs = 10'000'000;
 // Buffers that free requests and calls may keep per thread; beyond it memory goes back to the allocator.
 constexpr size_t kPooledBytesMost = 64u << 20;
@@ -44,6 +45,17 @@ std::string PeerName(const sockaddr_storage& address) {
   return "[" + std::string(text) + "]:" + std::to_string(ntohs(in6.sin6_port));
 }
 
+// How often clocks are looked at: often enough that the shortest timeout is kept to a quarter.
+int64_t SweepNs(const FrontendSettings& settings) {
+  int64_t sweep_ns = kSweepMostNs;
+  for (int64_t timeout_ns :
+       {settings.keepalive_time_ns, settings.keepalive_timeout_ns, settings.handshake_timeout_ns,
+        settings.max_connection_age_ns, settings.max_connection_idle_ns, settings.stall_timeout_ns}) {
+    if (timeout_ns > 0) sweep_ns = std::min(sweep_ns, timeout_ns / 4);
+  }
+  return std::max(sweep_ns, kSweepLeastNs);
+}
+
 size_t Capacity(const Request& request) {
   return request.body.capacity() + request.scratch.capacity() + request.reply.capacity();
 }
@@ -54,10 +66,12 @@ IoThread::IoThread(FrontendCore& frontend, uint32_t index)
     : frontend_(frontend),
       settings_(frontend.settings()),
       index_(index),
+      sweep_every_ns_(SweepNs(settings_)),
       outbox_(std::make_shared<Outbox>()),
       budget_(frontend.budget()),
       read_buffer_(kReadBytes),
-      wheel_(NowNs()) {}
+      wheel_(NowNs()),
+      expiries_(NowNs()) {}
 
 IoThread::~IoThread() {
   Join();
@@ -94,8 +108,9 @@ void IoThread::Join() {
 
 int IoThread::WaitMs() const {
   if (outbox_->has_mail() || !dirty_.empty()) return 0;
-  const int64_t sweep_ns = swept_ns_ + (draining_ ? kDrainSweepNs : kSweepNs) - now_ns_;
-  const int64_t wait_ns = std::clamp<int64_t>(std::min(wheel_.NextNs(now_ns_), sweep_ns), 0, kSweepNs);
+  const int64_t sweep_ns = swept_ns_ + (draining_ ? kDrainSweepNs : sweep_every_ns_) - now_ns_;
+  const int64_t timer_ns = std::min(wheel_.NextNs(now_ns_), expiries_.NextNs(now_ns_));
+  const int64_t wait_ns = std::clamp<int64_t>(std::min(timer_ns, sweep_ns), 0, kSweepMostNs);
   return static_cast<int>((wait_ns + 999'999) / 1'000'000);
 }
 
@@ -134,7 +149,8 @@ void IoThread::Main() {
       Call* call = static_cast<Call*>(node);
       call->connection->OnDeadline(call);
     });
-    if (now_ns_ - swept_ns_ >= (draining_ ? kDrainSweepNs : kSweepNs)) Sweep();
+    expiries_.Advance(now_ns_, [this](TimerNode* node) { Expire(static_cast<RequestTimer*>(node)->request); });
+    if (now_ns_ - swept_ns_ >= (draining_ ? kDrainSweepNs : sweep_every_ns_)) Sweep();
     FlushDirty();
     if (accept) Accept();
     Bury();
@@ -259,7 +275,7 @@ void IoThread::PushArrivals() {
         call = connection->FindCall(request->stream.stream_id);
       }
       if (call && request->abandoned == Reason::kOk) {
-        connection->Deliver(call);
+        connection->Deliver(call, request);
       } else {
         Recycle(request);
       }
@@ -270,6 +286,13 @@ void IoThread::PushArrivals() {
 
 void IoThread::Enqueue(Version* version, Request* request) {
   request->version = version;
+  // Executors look at what waits when they are free, which may be too late for the queue's own timeouts.
+  const int64_t call_due_ns = request->due_ns;
+  const int64_t expires_ns = version->queue().SetDeadlines(request);
+  if (expires_ns < call_due_ns) {
+    request->expiry.request = request;
+    expiries_.Insert(&request->expiry, expires_ns);
+  }
   for (size_t i = 0; i < n_arrivals_; ++i) {
     if (arrivals_[i].version == version) {
       arrivals_[i].list.PushBack(request);
@@ -281,6 +304,30 @@ void IoThread::Enqueue(Version* version, Request* request) {
   arrivals_[n_arrivals_].list = RequestList();
   arrivals_[n_arrivals_].list.PushBack(request);
   ++n_arrivals_;
+}
+
+bool IoThread::TakeBack(Request* request) {
+  BatchQueue& queue = request->version->queue();
+  BatchQueue::Turn turn(queue);
+  ready_.clear();
+  const bool taken = queue.Remove(request, &ready_);
+  for (Request* ready : ready_) {
+    RequestList one;
+    one.PushBack(ready);
+    ready->home->PostDone(&one);
+  }
+  return taken;
+}
+
+void IoThread::Expire(Request* request) {
+  if (!TakeBack(request)) return;
+  request->status =
+      Status::Error(Reason::kDeadlinePassed, "the request waited for an instance until its timeout had passed");
+  request->done = true;
+  Finalize(request);
+  // It waited, so nobody has abandoned it and its stream is there.
+  Connection* connection = connections_[request->stream.slot].get();
+  connection->Deliver(connection->FindCall(request->stream.stream_id), request);
 }
 
 void IoThread::DrainOutbox() {
@@ -296,7 +343,7 @@ void IoThread::DrainOutbox() {
     }
     Connection* connection = connections_[request->stream.slot].get();
     // A request whose call is gone was marked abandoned when it went, so the stream is there.
-    connection->Deliver(connection->FindCall(request->stream.stream_id));
+    connection->Deliver(connection->FindCall(request->stream.stream_id), request);
   }
   for (Mail& mail : mail_) {
     if (mail.kind == Mail::Kind::kCommand) {
@@ -375,6 +422,7 @@ void IoThread::FreeCall(Call* call) {
 }
 
 void IoThread::Finalize(Request* request) {
+  expiries_.Remove(&request->expiry);
   IoShard& shard = request->version->io_shard(index_);
   const int64_t took_ns = now_ns_ - request->times.arrived_ns;
   const Reason reason = request->abandoned != Reason::kOk ? request->abandoned : request->status.reason;

@@ -1,10 +1,12 @@
 // One event loop: a listener, the connections it accepted, the requests they brought.
 //
-// Threads    Main runs on its own thread and owns everything here but the outbox. Start, Stop, Post: the thread that owns
+// Threads    Main runs on its own thread and owns everything here but the outbox. Start, Stop, Post: the thread that
+// owns
 //            the front end.
-// Round      wait -> read what arrived -> push the new requests to their queues (one lock per version) -> take answers from
-//            the outbox -> write (one write per connection that changed) -> timers. Shared pointers (route table, versions)
-//            are loaded inside a round and not kept across the wait (util/quiescence.h).
+// Round      wait -> read what arrived -> push the new requests to their queues (one lock per version) -> take answers
+// from
+//            the outbox -> write (one write per connection that changed) -> timers. Shared pointers (route table,
+//            versions) are loaded inside a round and not kept across the wait (util/quiescence.h).
 #pragma once
 
 #include <atomic>
@@ -40,19 +42,20 @@ struct alignas(64) IoCounters {
   Counter calls_open;
   Counter bytes_read;
   Counter bytes_written;
-  Counter bytes_received;   // message bodies copied out of the read buffer
+  Counter bytes_received;  // message bodies copied out of the read buffer
   Counter writes;
   Counter te_missing;
   Counter protocol_errors;  // frames that nghttp2 refused
   Counter glitch_closes;
   Counter ping_closes;
   Counter stall_closes;
+  Counter stall_resets;  // streams whose answer nobody read, or whose message did not come
   Counter handshake_closes;
   Counter keepalive_closes;
-  Counter http_refusals;    // 405, 415
+  Counter http_refusals;  // 405, 415
   Counter resets_received;
   Counter deadline_expired;
-  Counter requests_live;    // pooled objects in use
+  Counter requests_live;  // pooled objects in use
 };
 
 // Every counter by the name that it is shown under.
@@ -76,6 +79,7 @@ inline constexpr IoCounterName kIoCounterNames[] = {
     {"glitch_closes", &IoCounters::glitch_closes},
     {"ping_closes", &IoCounters::ping_closes},
     {"stall_closes", &IoCounters::stall_closes},
+    {"stall_resets", &IoCounters::stall_resets},
     {"handshake_closes", &IoCounters::handshake_closes},
     {"keepalive_closes", &IoCounters::keepalive_closes},
     {"http_refusals", &IoCounters::http_refusals},
@@ -112,6 +116,8 @@ class IoThread {
   bool Accept();
   void Open(int fd, std::string peer);
   void PushArrivals();
+  // A timeout of the queue has struck while the request waits (or is it running?).
+  void Expire(Request* request);
   void DrainOutbox();
   void FlushDirty();
   void Bury();
@@ -125,6 +131,8 @@ class IoThread {
   Call* NewCall();
   void FreeCall(Call* call);
   void Enqueue(Version* version, Request* request);
+  // Takes a request back from its queue. False: it runs, or will come back by itself.
+  bool TakeBack(Request* request);
   // Counts the outcome of a request that came back (or never got into a queue).
   void Finalize(Request* request);
   void CountRefusal(Version* version, const Request* request, Reason reason);
@@ -134,6 +142,7 @@ class IoThread {
   FrontendCore& frontend_;
   const FrontendSettings& settings_;
   const uint32_t index_;
+  const int64_t sweep_every_ns_;
   const std::shared_ptr<Outbox> outbox_;
   IoCounters counters_;
   LocalBudget budget_;
@@ -144,7 +153,7 @@ class IoThread {
   int spare_fd_ = -1;  // given up for a moment to refuse a connection when the process is out of descriptors
   bool stopping_ = false;
   bool draining_ = false;
-  int64_t now_ns_ = 0;        // of this round
+  int64_t now_ns_ = 0;  // of this round
   int64_t swept_ns_ = 0;
   const RouteTable* table_ = nullptr;  // of this round
 
@@ -162,7 +171,8 @@ class IoThread {
   std::vector<Arrivals> arrivals_;
   size_t n_arrivals_ = 0;
   ParsedRequest parsed_;  // reused by every request
-  TimerWheel wheel_;
+  TimerWheel wheel_;      // deadlines of calls
+  TimerWheel expiries_;   // of requests that their queue would give up before their call does
 
   std::vector<Request*> free_requests_;
   size_t pooled_bytes_ = 0;

@@ -15,13 +15,12 @@ void SlowCall::Send(const char* data, size_t size) {
   home_->PostMail(std::move(mail));
 }
 
-void SlowCall::Finish(int grpc_status, std::string message,
-                      std::vector<std::pair<std::string, std::string>> trailers) {
+void SlowCall::Finish(int grpc_status, std::string message, std::vector<std::pair<std::string, std::string>> trailers) {
   if (finished_.exchange(true, std::memory_order_acq_rel) || cancelled()) return;
   Mail mail;
   mail.kind = Mail::Kind::kFinish;
   mail.stream = stream_;
-  mail.grpc_status = grpc_status;
+  mail.grpc_status = grpc_status >= 0 && grpc_status <= 16 ? grpc_status : 2;  // UNKNOWN
   mail.grpc_message = std::move(message);
   mail.trailers = std::move(trailers);
   home_->PostMail(std::move(mail));

@@ -1,10 +1,12 @@
 // The hand-over of RPCs that Python answers: (method, bytes) out, messages and an end back.
 //
 // Threads    Push: I/O threads. Pop: Python workers with the GIL released. SlowCall::Send/Finish: any.
-// Owner      A SlowCall is shared by its stream and by Python; whoever lets go last frees it. It names its stream, so an
+// Owner      A SlowCall is shared by its stream and by Python; whoever lets go last frees it. It names its stream, so
+// an
 //            answer to a stream that is gone is dropped by the I/O thread.
 // Lock       mutex_, rank kSlowQueue: never held while calling out.
-// Bound      kMostWaiting events per lane; a full lane refuses the call (QUEUE_FULL). What a message holds of the node's
+// Bound      kMostWaiting events per lane; a full lane refuses the call (QUEUE_FULL). What a message holds of the
+// node's
 //            byte budget stays taken until Python has it.
 #pragma once
 
