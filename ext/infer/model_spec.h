@@ -25,8 +25,8 @@ struct TensorSpec {
 
 struct ModelSpec {
   std::string name;
-  std::string version;          // exactly as replies carry it
-  uint32_t max_batch_size = 0;  // rows; 0: the model has no batch dimension and a batch is one request
+  std::string version;              // exactly as replies carry it
+  uint32_t max_batch_size = 0;      // rows; 0: the model has no batch dimension and a batch is one request
   std::vector<TensorSpec> inputs;   // in the model's order
   std::vector<TensorSpec> outputs;  // in the model's order
   // Whether an input has a free dimension beside the batch dimension: only then do shapes decide who shares a batch.

@@ -49,24 +49,24 @@ struct RequestTimer : TimerNode {
 };
 
 struct RequestTimes {
-  int64_t arrived_ns = 0;     // the last byte was read
-  int64_t dispatched_ns = 0;  // left the queue
-  int64_t input_done_ns = 0;  // gathered
-  int64_t infer_done_ns = 0;  // the runtime returned
-  int64_t output_done_ns = 0; // reply encoded
+  int64_t arrived_ns = 0;      // the last byte was read
+  int64_t dispatched_ns = 0;   // left the queue
+  int64_t input_done_ns = 0;   // gathered
+  int64_t infer_done_ns = 0;   // the runtime returned
+  int64_t output_done_ns = 0;  // reply encoded
 };
 
 struct Request {
   // -- the message ---------------------------------------------------------------------------------------------------
-  std::vector<std::byte> body;     // one serialized ModelInferRequest
-  std::vector<std::byte> scratch;  // inputs that came as typed contents, converted to raw form
-  std::string_view id;             // into body
-  std::vector<InputView> inputs;   // in the order of ModelSpec::inputs
-  uint64_t outputs_wanted = 0;     // bit i: ModelSpec::outputs[i]; never 0 after the check
-  uint32_t rows = 0;               // 1 for a model without batch dimension
-  uint32_t priority = 0;           // as sent; 0: the model's default
-  int64_t timeout_us = 0;          // the `timeout` parameter; 0: none
-  uint64_t shape_key = 0;          // hash of the non-batch dimensions; 0 when the model has no free ones
+  std::vector<std::byte> body;        // one serialized ModelInferRequest
+  std::vector<std::byte> scratch;     // inputs that came as typed contents, converted to raw form
+  std::string_view id;                // into body
+  std::vector<InputView> inputs;      // in the order of ModelSpec::inputs
+  uint64_t outputs_wanted = 0;        // bit i: ModelSpec::outputs[i]; never 0 after the check
+  uint32_t rows = 0;                  // 1 for a model without batch dimension
+  uint32_t priority = 0;              // as sent; 0: the model's default
+  int64_t timeout_us = 0;             // the `timeout` parameter; 0: none
+  uint64_t shape_key = 0;             // hash of the non-batch dimensions; 0 when the model has no free ones
   bool empty_final_response = false;  // triton_enable_empty_final_response
 
   // -- where it stands -----------------------------------------------------------------------------------------------
@@ -82,25 +82,27 @@ struct Request {
   // -- where the answer goes -----------------------------------------------------------------------------------------
   Outbox* home = nullptr;
   StreamRef stream;
-  Request* call_next = nullptr;      // the next request of the same call; the I/O thread's alone
-  bool done = false;                 // back from the queue or executor; the I/O thread's alone
-  Reason abandoned = Reason::kOk;    // why nobody waits for the answer any more; the I/O thread's alone
-  int64_t charged_bytes = 0;         // of the node's byte budget; the I/O thread's alone
-  RequestTimer expiry;               // set while the queue's timeouts may take it; the I/O thread's alone
-  bool in_stream = false;  // ModelStreamInfer: reply is a ModelStreamInferResponse and errors travel inside it
+  Request* call_next = nullptr;    // the next request of the same call; the I/O thread's alone
+  bool done = false;               // back from the queue or executor; the I/O thread's alone
+  Reason abandoned = Reason::kOk;  // why nobody waits for the answer any more; the I/O thread's alone
+  int64_t charged_bytes = 0;       // of the node's byte budget; the I/O thread's alone
+  RequestTimer expiry;             // set while the queue's timeouts may take it; the I/O thread's alone
+  bool in_stream = false;          // ModelStreamInfer: reply is a ModelStreamInferResponse and errors travel inside it
 
-  // -- links, used by whoever holds the request ------------------------------------------------------------------------
+  // -- links, used by whoever holds the request
+  // ------------------------------------------------------------------------
   Request* next = nullptr;
   Request* prev = nullptr;
 
-  // -- the queue's alone, from Push until it hands the request out -------------------------------------------------------
-  Request* shape_next = nullptr;   // among those of its shape
+  // -- the queue's alone, from Push until it hands the request out
+  // -------------------------------------------------------
+  Request* shape_next = nullptr;  // among those of its shape
   Request* shape_prev = nullptr;
-  uint64_t ticket = 0;             // arrival order within its version's queue
-  int64_t queue_due_ns = kNever;   // when the queue's own timeout strikes
-  int64_t listed_ns = 0;           // since when it waits in its list
-  uint8_t queue_list = 0;          // which one
-  bool queued = false;             // guarded by the queue's lock
+  uint64_t ticket = 0;            // arrival order within its version's queue
+  int64_t queue_due_ns = kNever;  // when the queue's own timeout strikes
+  int64_t listed_ns = 0;          // since when it waits in its list
+  uint8_t queue_list = 0;         // which one
+  bool queued = false;            // guarded by the queue's lock
 
   [[no_unique_address]] LiveCounted<LiveKind::kRequest> live;
 

@@ -50,6 +50,10 @@ bool IsInBand(const Call& call, Reason reason) {
   return call.method == Method::kStreamInfer && !call.triton_grpc_error && reason != Reason::kMalformedMessage;
 }
 
+Status BytesFull() {
+  return Status::Error(Reason::kQueueFull, "the bytes of the requests in flight have reached their limit", 100);
+}
+
 constexpr std::array<std::string_view, 17> kStatusText = {"0", "1",  "2",  "3",  "4",  "5",  "6",  "7", "8",
                                                           "9", "10", "11", "12", "13", "14", "15", "16"};
 
@@ -448,7 +452,7 @@ bool Connection::TakeBytes(Call* call, Request* request, size_t bytes) {
     return true;
   }
   if (request != call->receiving) io_.Recycle(request);
-  Finish(call, Status::Error(Reason::kQueueFull, "the bytes of the requests in flight have reached their limit", 100));
+  Finish(call, BytesFull());
   return false;
 }
 
@@ -583,6 +587,15 @@ void Connection::StartInfer(Call* call, Request* request) {
   Status status = ParseInferRequest(body, &parsed);
   if (status.ok()) status = io_.table_->Resolve(parsed.model_name, parsed.model_version, &version);
   if (status.ok()) status = CheckInferRequest(parsed, version->spec(), request);
+  if (status.ok() && !request->scratch.empty()) {
+    // Typed contents are up to eight times as large in raw form as in the message.
+    const auto converted = static_cast<int64_t>(request->scratch.size());
+    if (io_.budget_.Take(converted)) {
+      request->charged_bytes += converted;
+    } else {
+      status = BytesFull();
+    }
+  }
   // The call's chain holds every request of it until its answer is out.
   (call->requests_tail ? call->requests_tail->call_next : call->requests_head) = request;
   call->requests_tail = request;
