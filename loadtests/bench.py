@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in chosen:
         print(f"{name}: {scenario(name).QUESTION}", file=sys.stderr, flush=True)
         document = run_scenario(name, quick=args.quick, options=options, when=when)
-        print(document.get("error", ""), report.markdown([document]), sep="\n", file=sys.stderr, flush=True)
+        print(document.get("error") or f"took {document['took_s']:.0f} s", file=sys.stderr, flush=True)
         report.write(args.results, f"{now:%Y-%m-%d}-{name}{suffix}", document)
         documents.append(document)
     report.write_summary(args.results, f"{now:%Y-%m-%d}", suffix, SCENARIOS)

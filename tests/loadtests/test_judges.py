@@ -208,10 +208,11 @@ def answered(count: int = 110) -> identity_ids.Outcome:
 
 
 SWAPS_S = [0.1] * 10
+COUNTED = {str(version): 10 for version in range(1, 12)}
 
 
 def test_identity_ids_is_met_when_all_is_answered_once() -> None:
-    assert missed(identity_ids.judge(110, answered(), SWAPS_S, 1.0, 10)) == []
+    assert missed(identity_ids.judge(110, answered(), SWAPS_S, 1.0, COUNTED)) == []
 
 
 def test_identity_ids_notices_each_kind_of_mistake() -> None:
@@ -220,19 +221,20 @@ def test_identity_ids_notices_each_kind_of_mistake() -> None:
     twice.answers["request-5"] += 1
     foreign.foreign += 1
     failed.failed += 1
-    names = [missed(identity_ids.judge(110, one, SWAPS_S, 1.0, 10)) for one in (lost, twice, foreign, failed)]
+    names = [missed(identity_ids.judge(110, one, SWAPS_S, 1.0, COUNTED)) for one in (lost, twice, foreign, failed)]
     assert names == [
         ["ids that got no answer"],
         ["ids that got more than one answer"],
         ["answers that are not the request's own"],
         ["requests that failed"],
     ]
-    assert missed(identity_ids.judge(110, answered(), SWAPS_S[1:], 1.0, 10)) == ["hot swaps done"]
-    assert missed(identity_ids.judge(110, answered(), SWAPS_S, 1.0, 11)) == [
-        "answers of the last version by the server's count, beside the clients'"
-    ]
+    assert missed(identity_ids.judge(110, answered(), SWAPS_S[1:], 1.0, COUNTED)) == ["hot swaps done"]
+    for counted in ({**COUNTED, "3": 11}, {**COUNTED, "12": 1}, {version: 10 for version in COUNTED if version != "3"}):
+        assert missed(identity_ids.judge(110, answered(), SWAPS_S, 1.0, counted)) == [
+            "versions of which the server counted other answers than its clients"
+        ]
     only_two = identity_ids.Outcome(Counter(answered().answers), Counter({"1": 100, "11": 10}))
-    assert missed(identity_ids.judge(110, only_two, SWAPS_S, 1.0, 10)) == ["versions that answered"]
+    assert missed(identity_ids.judge(110, only_two, SWAPS_S, 1.0, {"1": 100, "11": 10})) == ["versions that answered"]
 
 
 def test_a_foreign_answer_is_noted_with_its_request() -> None:
