@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 
 #include "batch/policy.h"
 #include "util/clock.h"
@@ -15,13 +16,12 @@
 namespace tidegate {
 
 struct AdmissionView {
-  uint64_t waiting = 0;         // requests of the same level
-  uint64_t max_waiting = 0;     // of that level
-  uint64_t rows_ahead = 0;      // of the same shape, that will be served before it
-  uint64_t requests_ahead = 0;  // the same, counted in requests
-  uint32_t instances = 1;
-  uint32_t idle = 1;            // instances that run nothing
-  int64_t soonest_free_ns = 0;  // when the first of the busy ones is predicted to end
+  uint64_t waiting = 0;              // requests of the same level
+  uint64_t max_waiting = 0;          // of that level
+  uint64_t rows_ahead = 0;           // of the same shape, that will be served before it
+  uint64_t requests_ahead = 0;       // the same, counted in requests
+  std::span<const int64_t> free_ns;  // when each instance is predicted to be free, soonest first; until now: idle
+  int64_t gap_ns = kNever;           // between the rows of this shape that arrive
   uint32_t max_rows = 1;
   bool batching = true;  // false: every request is a batch of its own
 };
@@ -50,17 +50,21 @@ constexpr Admission Admit(const AdmissionView& view, const Prediction& predictio
   }
   if (std::min(request.due_ns, request.start_by_ns) == kNever || !prediction.trusted) return {};
 
-  // The batches before its own, all full, and the rows of its own.
+  // It waits for the batches before its own, which are full. Several runs in a row take their average, each.
   const uint64_t cap = view.batching ? std::max<uint32_t>(prediction.cap, 1) : request.rows;
   const uint64_t rows = view.batching ? view.rows_ahead + request.rows : (view.requests_ahead + 1) * cap;
-  const uint64_t full = (rows - 1) / cap;
-  if (full < view.idle) return {};
-  const auto own_rows = std::max(static_cast<uint32_t>(rows - full * cap), request.rows);
-  // Several runs in a row take their average, each; for the last one the tail may count.
-  const int64_t ahead_ns = SaturatingMul(static_cast<int64_t>(full), prediction.L50(static_cast<uint32_t>(cap))) /
-                           std::max<uint32_t>(view.instances, 1);
-  const int64_t start_ns = SaturatingAdd(view.idle > 0 ? now_ns : std::max(now_ns, view.soonest_free_ns), ahead_ns);
-  const int64_t run_ns = start_ns < request.half_ns ? prediction.L50(own_rows) : prediction.L99(own_rows);
+  const uint64_t before = (rows - 1) / cap;
+  const uint64_t k = view.free_ns.size();
+  if (k == 0) return {};
+  if (before < k && view.free_ns[before] <= now_ns) return {};
+  const int64_t start_ns =
+      SaturatingAdd(std::max(now_ns, view.free_ns[before % k]),
+                    SaturatingMul(static_cast<int64_t>(before / k), prediction.L50(static_cast<uint32_t>(cap))));
+  // Until its own starts, others join it: under load that makes the difference between a few rows and a full batch.
+  uint64_t own_rows = rows - before * cap;
+  if (view.batching) own_rows += static_cast<uint64_t>((start_ns - now_ns) / std::max<int64_t>(view.gap_ns, 1));
+  const auto run_rows = std::max(static_cast<uint32_t>(std::min(own_rows, cap)), request.rows);
+  const int64_t run_ns = start_ns < request.half_ns ? prediction.L50(run_rows) : prediction.L99(run_rows);
   const int64_t end_ns = SaturatingAdd(start_ns, run_ns + kSlackNs);
   if (start_ns <= request.start_by_ns && end_ns <= request.due_ns) return {};
   return {Reason::kTooLate,
@@ -73,8 +77,10 @@ constexpr int32_t PushbackMs(int64_t pushback_ns) {
   return static_cast<int32_t>(std::clamp<int64_t>(pushback_ns / 1'000'000 + (pushback_ns % 1'000'000 != 0), 1, 60'000));
 }
 
-static_assert(Admit({.waiting = 4, .max_waiting = 4}, UnknownPrediction(1), {}, 0).reason == Reason::kQueueFull);
-static_assert(Admit({.max_waiting = 4}, UnknownPrediction(1), {.due_ns = 0}, 0).reason == Reason::kDeadlinePassed);
+static_assert(Admit({.waiting = 4, .max_waiting = 4, .free_ns = {}}, UnknownPrediction(1), {}, 0).reason ==
+              Reason::kQueueFull);
+static_assert(Admit({.max_waiting = 4, .free_ns = {}}, UnknownPrediction(1), {.due_ns = 0}, 0).reason ==
+              Reason::kDeadlinePassed);
 static_assert(PushbackMs(1) == 1 && PushbackMs(1'000'001) == 2 && PushbackMs(-1) == -1);
 
 }  // namespace tidegate

@@ -71,6 +71,29 @@ class Lane {
   uint64_t rows_ = 0;
 };
 
+// How much time passes between two rows that arrive, over windows of about 10 ms: several rounds of an I/O thread, and
+// a small part of the time in which a load changes.
+class ArrivalGap {
+ public:
+  // kNever before the first window has ended.
+  int64_t gap_ns() const { return gap_ns_; }
+
+  void Note(uint32_t rows, int64_t now_ns) {
+    if (now_ns - since_ns_ >= kWindowNs) {
+      if (rows_ > 0) gap_ns_ = std::max<int64_t>((now_ns - since_ns_) / static_cast<int64_t>(rows_), 1);
+      since_ns_ = now_ns;
+      rows_ = 0;
+    }
+    rows_ += rows;
+  }
+
+ private:
+  static constexpr int64_t kWindowNs = 10'000'000;
+  int64_t gap_ns_ = kNever;
+  int64_t since_ns_ = 0;
+  uint64_t rows_ = 0;
+};
+
 struct ShapeModel;
 
 // The requests whose non-batch dimensions are the same: only they share batches.
@@ -82,8 +105,8 @@ struct Shape {
   uint64_t waiting = 0;     // requests in all lanes
   uint32_t running = 0;     // batches
   int64_t last_start_ns = 0;
-  int64_t last_arrival_ns = 0;
-  int64_t gap_ns = kNever;  // moving average between arrivals
+  int64_t last_refusal_ns = kLongAgo;
+  ArrivalGap arrivals;
   ShapeModel* model = nullptr;
 };
 
@@ -205,6 +228,7 @@ struct BatchQueue::Impl {
     }
     models.reserve(kShapeModels);
     spare_shapes.reserve(kSpareShapes);
+    free_ns.reserve(slots.size());
     picked.reserve(max_rows);
     candidates.reserve(max_rows);
     node.Join(&published);
@@ -262,8 +286,9 @@ struct BatchQueue::Impl {
         node_handle.key() = key;
         Shape& shape = node_handle.mapped();
         shape.key = key;
-        shape.last_start_ns = shape.last_arrival_ns = 0;
-        shape.gap_ns = kNever;
+        shape.last_start_ns = 0;
+        shape.last_refusal_ns = kLongAgo;
+        shape.arrivals = ArrivalGap();
         found = shapes.insert(std::move(node_handle)).position;
       }
     }
@@ -333,25 +358,15 @@ struct BatchQueue::Impl {
 
   // ---- coming in --------------------------------------------------------------------------------------------------
 
-  // How busy the instances are, for admission; the same for all requests of one Push.
-  struct Load {
-    uint32_t idle = 0;
-    int64_t soonest_free_ns = kNever;
-  };
-
-  Load LoadNow() const {
-    Load load;
-    for (const Slot& slot : slots) {
-      if (slot.shape) {
-        load.soonest_free_ns = std::min(load.soonest_free_ns, slot.ends_ns);
-      } else {
-        ++load.idle;
-      }
-    }
-    return load;
+  // When the instances are predicted to be free, for admission: the same for all requests of one Push.
+  void NoteFree() {
+    free_ns.clear();
+    for (const Slot& slot : slots) free_ns.push_back(slot.shape ? slot.ends_ns : INT64_MIN);
+    std::sort(free_ns.begin(), free_ns.end());
   }
 
-  Admission Accept(Request* request, const Load& load, int64_t now_ns) {
+  // REQUIRES: NoteFree.
+  Admission Accept(Request* request, int64_t now_ns) {
     if (closed) return {Reason::kVersionNotReady};
     if (request->cancelled.load(std::memory_order_relaxed)) return {Reason::kCancelled};
     uint32_t level;
@@ -361,9 +376,8 @@ struct BatchQueue::Impl {
     AdmissionView view{
         .waiting = lists[list].size() + lists[list + 1].size(),
         .max_waiting = policies[level].max_queue_size,
-        .instances = static_cast<uint32_t>(slots.size()),
-        .idle = load.idle,
-        .soonest_free_ns = load.soonest_free_ns,
+        .free_ns = free_ns,
+        .gap_ns = shape.arrivals.gap_ns(),
         .max_rows = max_rows,
         .batching = settings.dynamic_batching,
     };
@@ -381,19 +395,15 @@ struct BatchQueue::Impl {
                                        .start_by_ns = rejects ? request->queue_due_ns : kNever},
                                       now_ns);
     if (admission.reason != Reason::kOk) {
+      if (admission.reason != Reason::kInvalidTensor) shape.last_refusal_ns = now_ns;
       Tidy(shape);
       return admission;
     }
     request->ticket = settings.preserve_ordering ? order.Expect() : next_ticket++;
     Enlist(request, shape, list, now_ns);
+    shape.arrivals.Note(request->rows, now_ns);
+    if (hold_until_ns != kNever && EndsHold(*request, shape)) hold_until_ns = kNever;
     return admission;
-  }
-
-  // Moves the average gap between arrivals of one shape; only a queue that may hold asks for it.
-  static void NoteArrival(Shape& shape, int64_t now_ns) {
-    const int64_t gap_ns = std::max<int64_t>(now_ns - shape.last_arrival_ns, 0);
-    shape.last_arrival_ns = now_ns;
-    shape.gap_ns = shape.gap_ns == kNever ? gap_ns : shape.gap_ns + (gap_ns - shape.gap_ns) / 8;
   }
 
   // Whether the batch that is being held open has what it waits for, or must not wait for it after `request` came.
@@ -504,12 +514,13 @@ struct BatchQueue::Impl {
         .draining = closed,
         .head_arrived_ns = picked[0]->times.arrived_ns,
         .last_start_ns = shape.last_start_ns,
+        .last_refusal_ns = shape.last_refusal_ns,
     };
     if (limits.max_delay_ns > 0) {
       for (const Request* request : picked) {
         if (!IsDelayed(*request)) view.start_by_ns = std::min(view.start_by_ns, request->queue_due_ns);
       }
-      view.expected_gap_ns = shape.gap_ns;
+      view.expected_gap_ns = shape.arrivals.gap_ns();
       view.other_work = node.OtherWork(&published, now_ns);
     }
     return Plan(limits, PredictionOf(shape), view, now_ns);
@@ -560,6 +571,7 @@ struct BatchQueue::Impl {
         }
         picked_rows -= picked[decision.index]->rows;
         Drop(picked[decision.index], shape, Reason::kDeadlinePassed, batch);
+        shape.last_refusal_ns = now_ns;
         if (batch->dropped.size() >= kDropsPerTake) break;
         // The head is gone: if others wait too, it may be another shape's turn.
         if (decision.index == 0 && shapes_waiting > 1) break;
@@ -648,8 +660,9 @@ struct BatchQueue::Impl {
 
   AnswerOrder order;
 
-  // Scratch of Decide.
-  std::vector<Request*> cursors;
+  // Scratch.
+  std::vector<int64_t> free_ns;   // of Push
+  std::vector<Request*> cursors;  // of Decide, as all below
   std::vector<Request*> picked;
   std::vector<Candidate> candidates;
   uint32_t picked_rows = 0;
@@ -671,17 +684,13 @@ void BatchQueue::Push(RequestList* arrivals, RequestList* refused, int64_t now_n
   RequestList turned_away;
   {
     RankedLock lock(queue.mutex);
-    const Impl::Load load = queue.LoadNow();
+    queue.NoteFree();
     while (Request* request = arrivals->PopFront()) {
-      const Admission admission = queue.Accept(request, load, now_ns);
+      const Admission admission = queue.Accept(request, now_ns);
       if (admission.reason != Reason::kOk) {
         request->status.reason = admission.reason;
         request->status.pushback_ms = PushbackMs(admission.pushback_ns);
         turned_away.PushBack(request);
-      } else if (queue.limits.max_delay_ns > 0) {
-        Shape& shape = queue.ShapeOf(request->shape_key);
-        Impl::NoteArrival(shape, now_ns);
-        if (queue.hold_until_ns != kNever && queue.EndsHold(*request, shape)) queue.hold_until_ns = kNever;
       }
     }
     if (queue.hold_until_ns == kNever) queue.Wake(&wakes);

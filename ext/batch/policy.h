@@ -5,6 +5,9 @@
 // small, inefficient batches (the drop rule that decides goodput above saturation). Holding a batch open for company
 // happens only where an operator asked for it (max_queue_delay_microseconds).
 //
+// While others are being refused for lack of time or room, every row that a batch could have had and has not is lost
+// for good, and whoever is dropped makes room for one who would have been refused: then a batch does not shrink at all.
+//
 // What counts as in time: a request that has half of its time left is given the typical run time, later it must be safe
 // by the 99th percentile. The tail alone would be a trap: on a busy machine one run in fifty may be stalled past any
 // deadline, and a rule that knows only the tail would then refuse the 49 that can be served.
@@ -25,6 +28,9 @@ inline constexpr int64_t kSlackNs = 50'000;
 
 // Runs of one shape that must have been measured before a prediction may refuse or drop anything.
 inline constexpr uint32_t kTrustedRuns = 50;
+
+// Far enough from all times that a difference cannot overflow.
+inline constexpr int64_t kLongAgo = INT64_MIN / 2;
 
 // Prediction::n is at most this: sizes 1, 2, 4 .. 2^31 and the largest batch.
 inline constexpr int kMaxSizes = 33;
@@ -111,10 +117,11 @@ struct PlanView {
   bool all_waiting = true;  // nothing else waits, so company could only come from outside
   bool draining = false;    // nothing new will come
   int64_t head_arrived_ns = 0;
-  int64_t start_by_ns = kNever;      // the first queue timeout among them: a hold ends before it
-  int64_t last_start_ns = 0;         // when a batch of this shape last started
-  int64_t expected_gap_ns = kNever;  // to the next arrival
-  bool other_work = false;           // somebody else on this node could use the core
+  int64_t start_by_ns = kNever;        // the first queue timeout among them: a hold ends before it
+  int64_t last_start_ns = 0;           // when a batch of this shape last started
+  int64_t last_refusal_ns = kLongAgo;  // when one of it was last refused or dropped for lack of time or room
+  int64_t expected_gap_ns = kNever;    // to the next arrival
+  bool other_work = false;             // somebody else on this node could use the core
 };
 
 enum class Action : uint8_t { kIdle, kDrop, kHold, kDispatch };
@@ -128,8 +135,9 @@ struct Decision {
 };
 
 // A prediction that forbids all work can never be proved wrong. So when nothing of a shape has run for this long, its
-// head runs whatever the prediction says: at most a tenth of an instance that would otherwise stand still.
-constexpr int64_t ProbePauseNs(int64_t l99_ns) { return std::max<int64_t>(10'000'000, SaturatingMul(10, l99_ns)); }
+// head runs whatever the prediction says: at most a tenth of an instance that would otherwise stand still. The same
+// time after the last refusal an overload counts as over.
+constexpr int64_t PauseNs(int64_t l99_ns) { return std::max<int64_t>(10'000'000, SaturatingMul(10, l99_ns)); }
 
 // The deadlines of some candidates, as far as a batch of them must heed them.
 struct Dues {
@@ -168,8 +176,9 @@ constexpr Decision Plan(const PlanLimits& limits, const Prediction& prediction, 
   }
 
   if (prediction.trusted && !dues.Allow(prediction, rows, now_ns)) {
-    // The shortest batch that is worth running: up to the knee, in whole requests.
-    const uint32_t worth = std::min(rows, prediction.knee);
+    // The shortest batch that is worth running: up to the knee, in whole requests; all of it in an overload.
+    const bool overload = now_ns - view.last_refusal_ns < PauseNs(prediction.L99(prediction.cap));
+    const uint32_t worth = overload ? rows : std::min(rows, prediction.knee);
     uint32_t least = 0;
     uint32_t least_rows = 0;
     Dues least_dues;
@@ -179,7 +188,7 @@ constexpr Decision Plan(const PlanLimits& limits, const Prediction& prediction, 
       ++least;
     }
     if (!least_dues.Allow(prediction, least_rows, now_ns)) {
-      if (now_ns - view.last_start_ns >= ProbePauseNs(prediction.L99(all[0].rows)) &&
+      if (now_ns - view.last_start_ns >= PauseNs(prediction.L99(all[0].rows)) &&
           !DuesOf(all[0], now_ns).Allow(prediction, all[0].rows, now_ns)) {
         return {.action = Action::kDispatch, .count = 1, .probe = true};
       }

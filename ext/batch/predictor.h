@@ -52,7 +52,11 @@ class Predictor {
     ++runs_;
     Fill();
     if (runs_ < kTrustedRuns) return;
-    if (!prediction_.trusted || now_ns - refit_ns_ >= kRefitNs) Refit(now_ns);
+    // Often at first, when each run still says much.
+    if (runs_ < next_fit_runs_ && now_ns - refit_ns_ < kRefitNs) return;
+    if (runs_ >= next_fit_runs_) next_fit_runs_ = 2 * runs_;
+    if (now_ns - refit_ns_ >= kRefitNs) Fade(now_ns);
+    Fit();
     prediction_.trusted = true;
   }
 
@@ -61,7 +65,8 @@ class Predictor {
     Forget();
     runs_ = 0;
     refit_ns_ = 0;
-    refit_runs_ = 0;
+    faded_runs_ = 0;
+    next_fit_runs_ = kTrustedRuns;
     cap_limit_ = max_rows_;
     judged_ = 0;
     wrong_ = 0;
@@ -136,16 +141,29 @@ class Predictor {
 
   void Forget() {
     for (Cell& cell : cells_) cell = Cell();
+    prediction_.beta_ns = 0;
   }
 
+  // What a run of `rows` says about size i, the next one above it.
   int64_t ScaledTo(size_t i, uint32_t rows, int64_t run_ns) const {
     const uint32_t size = prediction_.sizes[i];
-    const int64_t here_ns = prediction_.L50(rows);
-    if (rows == size || here_ns <= 0) return run_ns;
-    const double scale = static_cast<double>(prediction_.l50_ns[i]) / static_cast<double>(here_ns);
-    // A batch of more rows takes no less time, and at most in proportion.
-    return static_cast<int64_t>(static_cast<double>(run_ns) *
-                                std::clamp(scale, 1.0, static_cast<double>(size) / static_cast<double>(rows)));
+    if (rows == size) return run_ns;
+    const auto run = static_cast<double>(run_ns);
+    double scale = 1;
+    if (cells_[i].n > 0) {
+      scale =
+          static_cast<double>(prediction_.l50_ns[i]) / static_cast<double>(std::max<int64_t>(prediction_.L50(rows), 1));
+    } else {
+      // Along the line from the next measured size below, if there is one.
+      for (size_t below = i; below-- > 0;) {
+        if (cells_[below].n == 0) continue;
+        const double slope = (run - static_cast<double>(prediction_.l50_ns[below])) / (rows - prediction_.sizes[below]);
+        scale = 1 + slope * (size - rows) / run;
+        break;
+      }
+    }
+    // More rows take no less time, and at most in proportion.
+    return static_cast<int64_t>(run * std::clamp(scale, 1.0, static_cast<double>(size) / rows));
   }
 
   // Counts runs that were off by more than a quarter, among the last 100.
@@ -163,8 +181,13 @@ class Predictor {
   void Fill() {
     FillFrom([](const Cell& cell) { return cell.average_ns; }, &prediction_.l50_ns);
     FillFrom([](const Cell& cell) { return cell.P99(); }, &prediction_.l99_ns);
-    // Drawn on beyond the measured sizes, the two curves may cross.
-    for (size_t i = 0; i < cells_.size(); ++i) {
+    for (size_t i = cells_.size(); i-- > 0;) {
+      // More rows take no less time: where a larger size is known to be quicker, a stall stood for too much.
+      if (i + 1 < cells_.size()) {
+        prediction_.l50_ns[i] = std::min(prediction_.l50_ns[i], prediction_.l50_ns[i + 1]);
+        prediction_.l99_ns[i] = std::min(prediction_.l99_ns[i], prediction_.l99_ns[i + 1]);
+      }
+      // Drawn on beyond the measured sizes, the two curves may cross.
       prediction_.l99_ns[i] = std::max(prediction_.l99_ns[i], prediction_.l50_ns[i]);
     }
   }
@@ -180,7 +203,10 @@ class Predictor {
       for (int gap = below + 1; gap < i; ++gap) {
         const double share = static_cast<double>(Size(gap)) / Size(i);
         if (below < 0) {
-          (*times)[static_cast<size_t>(gap)] = static_cast<int64_t>(static_cast<double>((*times)[u]) * share);
+          // Between the fixed part, as far as it was ever known, and the measured size.
+          const auto beta = static_cast<double>(std::min(prediction_.beta_ns, (*times)[u]));
+          (*times)[static_cast<size_t>(gap)] =
+              static_cast<int64_t>(beta + (static_cast<double>((*times)[u]) - beta) * share);
         } else {
           (*times)[static_cast<size_t>(gap)] = Line(*times, below, i, gap);
         }
@@ -203,25 +229,27 @@ class Predictor {
     return static_cast<int64_t>(from + (to - from) * (Size(at) - Size(a)) / (Size(b) - Size(a)));
   }
 
-  void Refit(int64_t now_ns) {
+  void Fade(int64_t now_ns) {
     refit_ns_ = now_ns;
+    LimitCap();
     // Little traffic is no reason to forget: what is known of other sizes fades only while there is much to learn from.
-    if (runs_ - refit_runs_ >= kFadingRuns) {
-      for (Cell& cell : cells_) {
-        if (!cell.ran && cell.n > 0) cell.ForgetOlderHalf();
-        cell.ran = false;
-      }
-      refit_runs_ = runs_;
-      Fill();
+    if (runs_ - faded_runs_ < kFadingRuns) return;
+    for (Cell& cell : cells_) {
+      if (!cell.ran && cell.n > 0) cell.ForgetOlderHalf();
+      cell.ran = false;
     }
+    faded_runs_ = runs_;
+    Fill();
+  }
+
+  void Fit() {
     prediction_.beta_ns = FitBeta();
     prediction_.knee = FitKnee();
-    LimitCap();
     prediction_.cap = slo_ns_ > 0 ? std::min(cap_limit_, FitCap()) : max_rows_;
     prediction_.knee = std::min(prediction_.knee, prediction_.cap);
   }
 
-  // Least squares of l50 = beta + alpha * rows over the measured sizes.
+  // Least squares of l50 = beta + alpha * rows over the measured sizes; as before where they are too few to tell.
   int64_t FitBeta() const {
     double n = 0, sx = 0, sy = 0, sxx = 0, sxy = 0;
     for (int i = 0; i < prediction_.n; ++i) {
@@ -233,7 +261,7 @@ class Predictor {
       n += w, sx += w * x, sy += w * y, sxx += w * x * x, sxy += w * x * y;
     }
     const double determinant = n * sxx - sx * sx;
-    if (determinant <= 1e-9 * n * sxx) return 0;
+    if (determinant <= 1e-9 * n * sxx) return prediction_.beta_ns;
     const double alpha = std::max(0.0, (n * sxy - sx * sy) / determinant);
     return std::max<int64_t>(0, static_cast<int64_t>((sy - alpha * sx) / n));
   }
@@ -302,7 +330,8 @@ class Predictor {
   std::vector<Cell> cells_;
   uint64_t runs_ = 0;
   int64_t refit_ns_ = 0;
-  uint64_t refit_runs_ = 0;
+  uint64_t faded_runs_ = 0;
+  uint64_t next_fit_runs_ = kTrustedRuns;
   uint32_t cap_limit_ = 1;
   uint64_t cap_cuts_ = 0;
   std::array<bool, kTail> misses_{};

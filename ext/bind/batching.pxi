@@ -8,20 +8,21 @@ from libcpp.memory cimport make_shared, make_unique, shared_ptr, unique_ptr
 from libcpp.string_view cimport string_view
 from libcpp.vector cimport vector
 
-from admission cimport AdmissionRequest, AdmissionView, Admit, PushbackMs, c_Admission
+from admission cimport AdmissionRequest, AdmissionView, Admit, FreeSpan, PushbackMs, c_Admission
 from batch_queue cimport Batch, NodeLoad, QueuedRequest, RequestList, c_BatchQueue
 from batch_settings cimport BatchSettings
 from policy cimport (
     Action,
     Candidate,
     CandidateSpan,
+    PauseNs,
     Plan,
     PlanLimits,
     PlanView,
-    ProbePauseNs,
     Rank,
     c_Decision,
     c_Prediction,
+    kLongAgo,
     kMaxSizes,
     kNever,
     kSlackNs,
@@ -82,8 +83,8 @@ def rank(uint32_t list_index, int64_t listed_ns, int64_t aging_ns, int64_t now_n
     return Rank(list_index, listed_ns, aging_ns, now_ns)
 
 
-def probe_pause_ns(int64_t l99_ns):
-    return ProbePauseNs(l99_ns)
+def pause_ns(int64_t l99_ns):
+    return PauseNs(l99_ns)
 
 
 def pushback_ms(int64_t pushback_ns):
@@ -102,6 +103,7 @@ def plan(
     int64_t head_arrived_ns=0,
     int64_t start_by_ns=kNever,
     int64_t last_start_ns=0,
+    int64_t last_refusal_ns=kLongAgo,
     int64_t expected_gap_ns=kNever,
     bool other_work=False,
 ):
@@ -123,6 +125,7 @@ def plan(
     view.head_arrived_ns = head_arrived_ns
     view.start_by_ns = start_by_ns
     view.last_start_ns = last_start_ns
+    view.last_refusal_ns = last_refusal_ns
     view.expected_gap_ns = expected_gap_ns
     view.other_work = other_work
     cdef c_Decision decision = Plan(limits, known, view, now_ns)
@@ -149,21 +152,20 @@ def admit(
     uint64_t max_waiting=4096,
     uint64_t rows_ahead=0,
     uint64_t requests_ahead=0,
-    uint32_t instances=1,
-    uint32_t idle=1,
-    int64_t soonest_free_ns=0,
+    free_ns=(0,),
+    int64_t gap_ns=kNever,
     uint32_t max_rows=1,
     bool batching=True,
 ):
     cdef AdmissionView view
     cdef AdmissionRequest request
+    cdef vector[int64_t] native_free_ns = free_ns
     view.waiting = waiting
     view.max_waiting = max_waiting
     view.rows_ahead = rows_ahead
     view.requests_ahead = requests_ahead
-    view.instances = instances
-    view.idle = idle
-    view.soonest_free_ns = soonest_free_ns
+    view.free_ns = FreeSpan(native_free_ns.data(), native_free_ns.size())
+    view.gap_ns = gap_ns
     view.max_rows = max_rows
     view.batching = batching
     request.rows = rows

@@ -7,14 +7,17 @@ from status cimport Reason
 
 
 cdef extern from "batch/admission.h" namespace "tidegate" nogil:
+    cdef cppclass FreeSpan "std::span<const int64_t>":
+        FreeSpan()
+        FreeSpan(const int64_t* data, size_t size)
+
     cdef cppclass AdmissionView:
         uint64_t waiting
         uint64_t max_waiting
         uint64_t rows_ahead
         uint64_t requests_ahead
-        uint32_t instances
-        uint32_t idle
-        int64_t soonest_free_ns
+        FreeSpan free_ns
+        int64_t gap_ns
         uint32_t max_rows
         bool batching
 

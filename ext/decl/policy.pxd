@@ -9,6 +9,7 @@ cdef extern from "util/clock.h" namespace "tidegate" nogil:
 
 cdef extern from "batch/policy.h" namespace "tidegate" nogil:
     const int64_t kSlackNs
+    const int64_t kLongAgo
     const uint32_t kTrustedRuns
     const int kMaxSizes
 
@@ -52,6 +53,7 @@ cdef extern from "batch/policy.h" namespace "tidegate" nogil:
         int64_t head_arrived_ns
         int64_t start_by_ns
         int64_t last_start_ns
+        int64_t last_refusal_ns
         int64_t expected_gap_ns
         bool other_work
 
@@ -68,5 +70,5 @@ cdef extern from "batch/policy.h" namespace "tidegate" nogil:
         bool probe
         int64_t until_ns
 
-    int64_t ProbePauseNs(int64_t l99_ns)
+    int64_t PauseNs(int64_t l99_ns)
     c_Decision Plan(const PlanLimits& limits, const c_Prediction& prediction, const PlanView& view, int64_t now_ns)

@@ -98,9 +98,14 @@ class Situation:
     def rows(self, count: int | None = None) -> int:
         return sum(rows for rows, _, _ in self.candidates[:count])
 
+    def overload(self) -> bool:
+        """Somebody was refused lately."""
+        tail_ns = time_of(self.prediction, self.prediction.l99_ns, self.prediction.cap)
+        return NOW - int(self.view["last_refusal_ns"]) < native.pause_ns(tail_ns)
+
     def least(self) -> int:
         """How many candidates make the shortest batch worth running."""
-        worth = min(self.rows(), self.prediction.knee)
+        worth = self.rows() if self.overload() else min(self.rows(), self.prediction.knee)
         return next(n for n in range(1, len(self.candidates) + 1) if self.rows(n) >= worth)
 
 
@@ -131,6 +136,7 @@ def situations(draw: st.DrawFn, late: bool = False, hold: bool = False) -> Situa
         "head_arrived_ns": NOW - draw(st.integers(0, (4 if hold else 10) * MS)),
         "start_by_ns": draw(dues),
         "last_start_ns": NOW - draw(st.integers(0, 200 * MS)),
+        "last_refusal_ns": NOW - draw(st.sampled_from([0, 5 * MS, 50 * MS, 9_000 * MS, 9_000 * MS])),
         "expected_gap_ns": draw(st.sampled_from([native.NEVER, 1 * US, 10 * MS])),
         "other_work": draw(st.booleans()),
     }
@@ -225,6 +231,7 @@ def test_a_shortened_batch_reaches_the_knee_and_could_not_be_longer(situation: S
     decision = situation.plan()
     assume(decision.action == "dispatch" and not decision.probe and decision.count < len(situation.candidates))
     assert situation.rows(decision.count) >= situation.prediction.knee
+    assert not situation.overload()
     longer = situation.candidates[: decision.count + 1]
     rows = situation.rows(decision.count + 1)
     assert not all(in_time(situation.prediction, candidate, rows) for candidate in longer)
@@ -235,7 +242,7 @@ def test_a_head_that_is_late_by_itself_is_a_probe_after_a_pause_and_only_then(si
     rows = situation.candidates[0][0]
     tail_ns = time_of(situation.prediction, situation.prediction.l99_ns, rows)
     late_head = (rows, NOW + tail_ns + native.SLACK_NS - 1, NOW)
-    pause_ns = native.probe_pause_ns(tail_ns)
+    pause_ns = native.pause_ns(tail_ns)
     candidates = (late_head, *situation.candidates[1:])
     tested = Situation(situation.prediction, candidates, situation.view | {"last_start_ns": NOW - pause_ns})
     decision = tested.plan()
@@ -286,6 +293,14 @@ def test_near_a_deadline_the_batch_shrinks_to_what_keeps_it() -> None:
     assert (decision.action, decision.count) == ("dispatch", 4)
 
 
+def test_in_an_overload_a_late_head_goes_and_the_batch_stays_full() -> None:
+    candidates = [(1, NOW + 340 * US, 0)] + [(1, native.NEVER, 0)] * 7
+    decision = native.plan(a_prediction(knee=2), candidates, NOW, last_start_ns=NOW, last_refusal_ns=NOW - MS)
+    assert (decision.action, decision.index) == ("drop", 0)
+    decision = native.plan(a_prediction(knee=2), candidates, NOW, last_start_ns=NOW, last_refusal_ns=NOW - 100 * MS)
+    assert (decision.action, decision.count) == ("dispatch", 4)
+
+
 def test_stalls_beyond_the_deadline_do_not_refuse_those_who_will_most_likely_make_it() -> None:
     # One run in fifty is stalled for 20 ms; all the others take 0.5 ms, and callers wait for 5 ms.
     stalled = native.Prediction((1,), (500 * US,), (20 * MS,), beta_ns=0, knee=1, cap=1, trusted=True)
@@ -298,7 +313,7 @@ def test_stalls_beyond_the_deadline_do_not_refuse_those_who_will_most_likely_mak
 def test_a_prediction_that_forbids_all_work_is_put_to_the_test() -> None:
     hopeless = a_prediction(1, l50_ns=(900 * MS,), l99_ns=(900 * MS,))
     head = [(1, NOW + 5 * MS, NOW + 2 * MS)]
-    pause = native.probe_pause_ns(900 * MS)
+    pause = native.pause_ns(900 * MS)
     assert native.plan(hopeless, head, NOW, last_start_ns=NOW - pause + 1).action == "drop"
     assert native.plan(hopeless, head, NOW, last_start_ns=NOW - pause).probe
 
@@ -356,9 +371,8 @@ def admissions(draw: st.DrawFn, late: bool = False) -> dict[str, Any]:
         "max_waiting": draw(st.integers(21 if late else 1, 40)),
         "rows_ahead": draw(st.integers(100 if late else 0, 500)),
         "requests_ahead": draw(st.integers(0, 100)),
-        "instances": instances,
-        "idle": 0 if late else draw(st.integers(0, instances)),
-        "soonest_free_ns": NOW + draw(st.integers(-5 * MS, 5 * MS)),
+        "free_ns": sorted(NOW + draw(st.integers(1 if late else -5 * MS, 5 * MS)) for _ in range(instances)),
+        "gap_ns": draw(st.sampled_from([native.NEVER, MS, 10 * US, 1])),
         "max_rows": max_rows,
         "batching": draw(st.booleans()),
     }
@@ -393,14 +407,13 @@ def test_time_refuses_nobody_without_a_deadline(request: dict[str, Any]) -> None
 @of_some
 @given(admissions())
 def test_time_refuses_nobody_whom_an_idle_instance_would_take_now(request: dict[str, Any]) -> None:
-    assume(request["idle"] > 0)
+    idle = sum(free_ns <= NOW for free_ns in request["free_ns"])
+    assume(idle > 0)
     if request["batching"]:
-        request["rows_ahead"] = min(
-            request["rows_ahead"], request["prediction"].cap * request["idle"] - request["rows"]
-        )
+        request["rows_ahead"] = min(request["rows_ahead"], request["prediction"].cap * idle - request["rows"])
         assume(request["rows_ahead"] >= 0)
     else:
-        request["requests_ahead"] = min(request["requests_ahead"], request["idle"] - 1)
+        request["requests_ahead"] = min(request["requests_ahead"], idle - 1)
     assert native.admit(**request).reason != "TOO_LATE"
 
 
@@ -418,10 +431,10 @@ def test_who_is_too_late_would_not_be_with_the_pushback_more(request: dict[str, 
 @of_some
 @given(admissions(late=True))
 def test_a_busier_queue_is_no_quicker(request: dict[str, Any]) -> None:
-    # A whole batch more ahead, and everything else the same.
+    # A whole batch for each instance more ahead, and everything else the same.
     assume(native.admit(**request).reason == "TOO_LATE")
-    request["rows_ahead"] += request["prediction"].cap
-    request["requests_ahead"] += 1
+    request["rows_ahead"] += request["prediction"].cap * len(request["free_ns"])
+    request["requests_ahead"] += len(request["free_ns"])
     assert native.admit(**request).reason == "TOO_LATE"
 
 
@@ -439,10 +452,30 @@ def test_the_predicted_wait_counts_the_busy_instance_the_batches_ahead_and_its_o
     flat = a_prediction(8, l50_ns=(MS, MS, MS, MS), l99_ns=(MS, MS, MS, MS))
     # The running batch ends in 0.5 ms, then 3 full ones, then its own, then the wire.
     end_ns = NOW + 500 * US + 4 * MS + native.SLACK_NS
-    ask: dict[str, Any] = {"rows_ahead": 24, "idle": 0, "soonest_free_ns": NOW + 500 * US, "max_rows": 8}
+    ask: dict[str, Any] = {"rows_ahead": 24, "free_ns": [NOW + 500 * US], "max_rows": 8}
     assert native.admit(flat, NOW, due_ns=end_ns, **ask).reason == "OK"
     assert native.admit(flat, NOW, due_ns=end_ns - 1, **ask) == ("TOO_LATE", 1)
     assert native.admit(flat, NOW, start_by_ns=NOW + 500 * US + 3 * MS - 1, **ask) == ("TOO_LATE", 1)
+
+
+def test_batches_ahead_are_dealt_out_to_the_instances_in_the_order_they_are_free() -> None:
+    flat = a_prediction(8, l50_ns=(MS, MS, MS, MS), l99_ns=(MS, MS, MS, MS))
+    free_ns = [NOW + 200 * US, NOW + 700 * US]
+    for before, start_us in enumerate((200, 700, 1_200, 1_700, 2_200)):
+        end_ns = NOW + start_us * US + MS + native.SLACK_NS
+        ask: dict[str, Any] = {"rows_ahead": 8 * before, "free_ns": free_ns, "max_rows": 8}
+        assert native.admit(flat, NOW, due_ns=end_ns, **ask).reason == "OK"
+        assert native.admit(flat, NOW, due_ns=end_ns - 1, **ask).reason == "TOO_LATE"
+
+
+def test_who_joins_behind_counts_into_the_batch_that_a_request_will_be_part_of() -> None:
+    # One row takes 220 us by the tail, five take 300 us; the instance is free in 400 us.
+    ask: dict[str, Any] = {"free_ns": [NOW + 400 * US], "max_rows": 8}
+    alone_ns = NOW + 400 * US + 220 * US + native.SLACK_NS
+    assert native.admit(a_prediction(), NOW, due_ns=alone_ns, gap_ns=native.NEVER, **ask).reason == "OK"
+    assert native.admit(a_prediction(), NOW, due_ns=alone_ns, gap_ns=100 * US, **ask) == ("TOO_LATE", 80 * US)
+    full_ns = NOW + 400 * US + 360 * US + native.SLACK_NS
+    assert native.admit(a_prediction(), NOW, due_ns=full_ns, gap_ns=1, **ask).reason == "OK"
 
 
 @pytest.mark.parametrize(
@@ -538,6 +571,32 @@ def test_a_size_that_was_never_run_is_assumed_to_be_as_fast_as_the_others_allow(
     observe(predictor, 2, 300 * US)
     assert predictor.prediction.l50_ns == (150 * US, 300 * US, 400 * US, 600 * US)
     assert predictor.measured_l50_ns == (0, 300 * US, 400 * US, 0)
+
+
+def test_a_stall_at_one_size_is_not_believed_where_more_rows_are_quicker() -> None:
+    predictor = native.Predictor(8)
+    observe(predictor, 8, 2 * MS, 60)
+    observe(predictor, 1, MS, 60)
+    observe(predictor, 4, 70 * MS)
+    assert predictor.prediction.l50_ns[2] == 2 * MS
+    assert predictor.prediction.l99_ns[2] == 2 * MS
+
+
+def test_a_run_between_two_sizes_speaks_for_the_upper_one_along_the_line() -> None:
+    predictor = native.Predictor(8)
+    observe(predictor, 1, 120 * US)
+    observe(predictor, 5, 200 * US)
+    assert predictor.prediction.l50_ns == (120 * US, 140 * US, 180 * US, 260 * US)
+    observe(predictor, 6, 220 * US, 3)
+    assert predictor.prediction.l50_ns[3] == pytest.approx(260 * US, rel=0.001)
+
+
+def test_what_was_known_of_the_fixed_part_outlives_the_small_sizes() -> None:
+    predictor = taught(8, 100 * US, 10 * US)
+    for second in range(2, 12):
+        observe(predictor, 8, 180 * US, 20, NOW + second * 1_000 * MS)
+    assert predictor.measured_l50_ns[:3] == (0, 0, 0)
+    assert predictor.l50_ns(1) == pytest.approx(110 * US, rel=0.01)
 
 
 def test_the_tail_is_the_second_longest_of_a_hundred_runs() -> None:
