@@ -65,6 +65,7 @@ _DISCARD_TIMEOUT_S = 5.0
 _FORCED_END_S = 5.0
 
 _NOT_LOADED = "not loaded"
+_LOADING = "loading"
 _UNLOADED = "unloaded"
 
 
@@ -665,10 +666,9 @@ class Manager:
             loading = {}
             for text, placement in placements.items():
                 before = model.entries.get(text)
-                if before is None:
-                    loading[text] = _Entry(text, placement, is_named=is_named)
-                elif not before.is_ready:
-                    loading[text] = _Entry(text, placement, is_named=before.is_named)
+                if before is None or not before.is_ready:
+                    is_named_here = is_named if before is None else before.is_named
+                    loading[text] = _Entry(text, placement, is_named=is_named_here, reason=_LOADING)
             return model.with_entries(loading)
 
         self._update(name, update)
@@ -705,7 +705,7 @@ class Manager:
         raise _failed(name, f"version {_quoted(text)}: internal error ({type(first).__name__}); see the log") from first
 
     def _load_one(self, request: LoadRequest, placement: Placement) -> None:
-        placement.move(Event.STARTED, "loading")
+        placement.move(Event.STARTED, _LOADING)
         try:
             placement.hold(self._loader.load(request, on_open=lambda: placement.move(Event.OPENED, "warming up")))
         except Exception as error:
@@ -866,12 +866,19 @@ class Manager:
                 _LOG.exception("a listener of the manager failed")
 
     def _refresh_names(self, max_age_s: float = 0.0) -> None:
-        """Looks which models and versions the repository has, unless that was done `max_age_s` ago or later."""
-        with self._state_lock:
+        """Looks which models and versions the repository has, unless that was done `max_age_s` ago or later.
+
+        With a `max_age_s` it is a query that asks: it does not wait for a change that is being published.
+        """
+        if not self._state_lock.acquire(blocking=not max_age_s):
+            return
+        try:
             now = self._clock()
             if self._names_at is not None and now - self._names_at < max_age_s:
                 return
             self._names_at = now
+        finally:
+            self._state_lock.release()
         try:
             found = {name: self._repository.version_names(name) for name in self._repository.names()}
         except SourceError as error:
