@@ -70,6 +70,7 @@ nghttp2_session_callbacks* Connection::MakeCallbacks() {
   nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, OnStreamClose);
   nghttp2_session_callbacks_set_on_frame_send_callback(callbacks, OnFrameSend);
   nghttp2_session_callbacks_set_on_invalid_frame_recv_callback(callbacks, OnInvalidFrame);
+  nghttp2_session_callbacks_set_unpack_extension_callback(callbacks, IgnoreExtension);
   return callbacks;
 }
 
@@ -78,6 +79,10 @@ nghttp2_option* Connection::MakeOptions() {
   if (nghttp2_option_new(&option) != 0) return nullptr;
   // Closed streams are kept for the priority tree only, which we do not use.
   nghttp2_option_set_no_closed_streams(option, 1);
+  // Frames of unknown types are ignored, as they must be, but through our hands: otherwise nobody would count them.
+  for (int type = NGHTTP2_CONTINUATION + 1; type <= UINT8_MAX; ++type) {
+    nghttp2_option_set_user_recv_extension_type(option, static_cast<uint8_t>(type));
+  }
   // gRPC allows blanks at both ends of a value.
   nghttp2_option_set_no_rfc9113_leading_and_trailing_ws_validation(option, 1);
 #ifdef TIDEGATE_HAVE_STREAM_RESET_RATE_LIMIT
@@ -195,13 +200,20 @@ void Connection::OnReadable() {
   }
 }
 
-int Connection::OnBeginFrame(nghttp2_session*, const nghttp2_frame_hd* hd, void* self) {
+int Connection::IgnoreExtension(nghttp2_session*, void**, const nghttp2_frame_hd*, void*) { return NGHTTP2_ERR_CANCEL; }
+
+int Connection::OnBeginFrame(nghttp2_session* session, const nghttp2_frame_hd* hd, void* self) {
   auto* connection = static_cast<Connection*>(self);
   switch (hd->type) {
     case NGHTTP2_DATA:
       if (hd->length == 0 && !(hd->flags & NGHTTP2_FLAG_END_STREAM)) connection->Glitch();
       break;
     case NGHTTP2_HEADERS:
+      // On a stream that is over they are decompressed for nothing.
+      if (hd->stream_id <= nghttp2_session_get_last_proc_stream_id(session) && !connection->FindCall(hd->stream_id)) {
+        connection->Glitch();
+      }
+      break;
     case NGHTTP2_RST_STREAM:
     case NGHTTP2_WINDOW_UPDATE:
     case NGHTTP2_CONTINUATION: break;
@@ -862,6 +874,10 @@ int Connection::OnFrameSend(nghttp2_session* session, const nghttp2_frame* frame
     }
     case NGHTTP2_GOAWAY:
       if (frame->goaway.last_stream_id == INT32_MAX) nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, kDrainPing);
+      // After too many resets nghttp2 says GOAWAY and goes on reading what it then ignores.
+      if (frame->goaway.error_code != NGHTTP2_NO_ERROR) {
+        nghttp2_session_terminate_session(session, frame->goaway.error_code);
+      }
       return 0;
     case NGHTTP2_RST_STREAM:
       switch (frame->rst_stream.error_code) {

@@ -61,6 +61,7 @@ class Connection {
 
  private:
   // nghttp2 callbacks: C, so nothing may throw out of them.
+  static int IgnoreExtension(nghttp2_session*, void** payload, const nghttp2_frame_hd* hd, void* self);
   static int OnBeginFrame(nghttp2_session*, const nghttp2_frame_hd* hd, void* self);
   static int OnBeginHeaders(nghttp2_session*, const nghttp2_frame* frame, void* self);
   static int OnHeader(nghttp2_session*, const nghttp2_frame* frame, const uint8_t* name, size_t name_size,

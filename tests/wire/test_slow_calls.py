@@ -1,4 +1,4 @@
-"""Calls that Python answers: unary and streaming, with their cancellations, on lanes that do not wait for each other."""
+"""Calls that Python answers: unary and streaming, with their cancellations, on lanes that do not block each other."""
 
 from __future__ import annotations
 
