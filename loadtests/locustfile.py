@@ -9,18 +9,23 @@ is a closed loop, and Python takes most of the time. For what the server can do 
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
+import gevent
 import numpy as np
 import tritonclient.grpc as triton
 from grpc.experimental import gevent as grpc_gevent
 from locust import User, constant, events, task
 from locust.argument_parser import LocustArgumentParser
+from locust.exception import StopUser
 from tritonclient.utils import triton_to_np_dtype
 
 # Without this a call in one user stops all others.
 grpc_gevent.init_gevent()
+
+_LOG = logging.getLogger(__name__)
 
 DEFAULT_HOST = "127.0.0.1:8001"
 SEED = 7
@@ -58,6 +63,10 @@ def inputs_for(client: triton.InferenceServerClient, model: str, rows: int) -> l
     return inputs
 
 
+class InferFailed(Exception):
+    """A request failed. locust's table of errors shows arguments, which tritonclient's exceptions have none of."""
+
+
 class InferUser(User):
     """Sends a request, waits for the answer, sends the next."""
 
@@ -69,8 +78,15 @@ class InferUser(User):
         options = self.environment.parsed_options
         self._timeout_s = options.timeout_s
         self._client = triton.InferenceServerClient(self.host.removeprefix("http://"))
-        self._model = options.model or first_ready(self._client)
-        self._inputs = inputs_for(self._client, self._model, options.rows)
+        try:
+            self._model = options.model or first_ready(self._client)
+            self._inputs = inputs_for(self._client, self._model, options.rows)
+        except (triton.InferenceServerException, LookupError) as why:
+            # No user can do better: the run ends, with an exit code that says so.
+            _LOG.error("%s", why)
+            self.environment.process_exit_code = 1
+            gevent.spawn(self.environment.runner.quit)
+            raise StopUser from why
 
     def on_stop(self) -> None:
         """Disconnects."""
@@ -84,7 +100,7 @@ class InferUser(User):
             answer = self._client.infer(self._model, self._inputs, client_timeout=self._timeout_s)
             size = answer.get_response().ByteSize()
         except triton.InferenceServerException as why:
-            error = why
+            error = InferFailed(str(why))
         self.environment.events.request.fire(
             request_type="ModelInfer",
             name=self._model,

@@ -349,7 +349,18 @@ def h2load(
     gRPC errors arrive with HTTP status 200: `counted` below compares with what the server counted.
     """
     need("h2load", "nghttp2-client")
-    command = [*pinned(core), "h2load", "-t", "1", "-c", str(connections), "-m", str(streams), "-D", f"{1e3 * seconds:.0f}ms"]
+    command = [
+        *pinned(core),
+        "h2load",
+        "-t",
+        "1",
+        "-c",
+        str(connections),
+        "-m",
+        str(streams),
+        "-D",
+        f"{1e3 * seconds:.0f}ms",
+    ]
     if body is not None:
         command += ["-d", str(body), "-H", "content-type: application/grpc", "-H", "te: trailers"]
     command.append(f"http://127.0.0.1:{port}{path}")
