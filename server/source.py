@@ -161,6 +161,8 @@ class Repository:
                 yield VersionFolder(name, path, problem=str(error))
             except FileNotFoundError:
                 continue  # Removed while we looked.
+            except OSError as error:
+                yield VersionFolder(name, path, problem=f"version folder {name} cannot be read: {error.strerror}")
 
 
 def _check_inside(path: Path, root: Path, what: str) -> None:
@@ -171,6 +173,17 @@ def _check_inside(path: Path, root: Path, what: str) -> None:
         raise SourceError(f"{what} is a link to itself") from error
     if not real.is_relative_to(root):
         raise SourceError(f"{what} is a link that leaves the model repository")
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what a link leads to; of the link itself when it leads nowhere; None when the entry is gone."""
+    try:
+        return entry.stat()
+    except OSError:
+        try:
+            return entry.stat(follow_symlinks=False)
+        except OSError:
+            return None
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int, int, int]]:
@@ -195,11 +208,9 @@ def _files(folder: Path) -> Iterator[tuple[str, int, int, int]]:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append((name, depth + 1))
                     continue
-                try:
-                    info = entry.stat()
-                except FileNotFoundError:
-                    continue
-                found.append((name, info.st_mtime_ns, info.st_size, info.st_ino))
+                info = _stat(entry)
+                if info is not None:
+                    found.append((name, info.st_mtime_ns, info.st_size, info.st_ino))
     yield from sorted(found)
 
 
