@@ -74,7 +74,7 @@ check: build $(VENV)/.extra-test $(VENV)/.extra-dev  ## format, lint, types, imp
 	run $(BIN)/ruff check .; \
 	run $(BIN)/ruff format --check .; \
 	run $(BIN)/mypy; \
-	run $(BIN)/cython-lint ext/bind; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" run $(BIN)/cython-lint ext/bind; \
 	run $(BIN)/clang-format --dry-run -Werror $$(find ext -name '*.cc' -o -name '*.h'); \
 	run $(BIN)/python -m pytest -q tests/test_architecture.py; \
 	exit $$status

@@ -11,12 +11,12 @@ class NativeError(Exception):
     reason: str
     message: str
 
-# -- log ----------------------------------------------------------------------------------------------------------------
+# -- log ---------------------------------------------------------------------------------------------------------------
 
 def set_log_level(level: int) -> None:
     """Lowest level that the native core logs: Python's logging numbers (10 debug .. 40 error)."""
 
-# -- ONNX Runtime -------------------------------------------------------------------------------------------------------
+# -- ONNX Runtime ------------------------------------------------------------------------------------------------------
 
 def ort_open(library_path: str, record_calls: bool = False) -> None:
     """Opens ONNX Runtime's shared library and makes the process's only environment. Once; again is a no-op, and another
@@ -48,8 +48,8 @@ class Session:
     def outputs(self) -> list[TensorInfo]: ...
     def custom_metadata(self, key: str) -> str | None: ...
     def close(self) -> None:
-        """Gives the session up; its memory goes when the last Version that uses it is gone. Idempotent. Whatever else is
-        asked of a closed session raises ValueError."""
+        """Gives the session up; its memory goes when the last Version that uses it is gone. Idempotent. Whatever else
+        is asked of a closed session raises ValueError."""
 
 # For tests: what is declared of the library, and runs without queue and front end.
 
@@ -78,9 +78,9 @@ class RuntimeInstance:
     @property
     def memory_bytes(self) -> int: ...
 
-# -- versions -----------------------------------------------------------------------------------------------------------
+# -- versions ----------------------------------------------------------------------------------------------------------
 
-class Warning(NamedTuple):
+class WarmupWarning(NamedTuple):
     name: str
     message: str
 
@@ -90,12 +90,12 @@ class Version:
     def __init__(self, settings: ModelSettings, sessions: Sequence[Session]) -> None:
         """`sessions[i]` belongs to `settings.instance_groups[i]`. Checks settings against the sessions."""
     @staticmethod
-    def mock(settings: ModelSettings, script: str = "echo") -> "Version":
+    def mock(settings: ModelSettings, script: str = "echo") -> Version:
         """A version without a runtime for tests and benchmarks: output i is input i. Scripts: "echo", "sleep:US"
         (each run takes US microseconds), "fail-on:BYTE" (a batch with a row whose first byte is BYTE fails), "hold"
         (runs wait until release_mock())."""
     def release_mock(self, runs: int) -> None: ...
-    def warm_up(self, batches: Sequence[WarmupBatch]) -> list[Warning]:
+    def warm_up(self, batches: Sequence[WarmupBatch]) -> list[WarmupWarning]:
         """Runs each batch on every instance at low priority. A required one that fails raises; others are returned."""
     def start(self) -> None:
         """Starts one executor thread per instance."""
@@ -106,7 +106,7 @@ class Version:
     @property
     def memory_bytes(self) -> int:
         """Buffers of the instances."""
-    def statistics(self) -> "VersionStatistics": ...
+    def statistics(self) -> VersionStatistics: ...
     def queue_view(self) -> dict[str, object]:
         """waiting, waiting_rows, running_rows, knee, cap, l50_ns, l99_ns."""
 
@@ -145,7 +145,7 @@ class VersionStatistics(NamedTuple):
     queue_duration: Histogram
     batch_rows: Histogram
 
-# -- route table --------------------------------------------------------------------------------------------------------
+# -- route table -------------------------------------------------------------------------------------------------------
 
 class VersionRoute(NamedTuple):
     text: str  # as on the wire
@@ -158,7 +158,7 @@ class ModelRoute(NamedTuple):
     default: str  # text of the version that an empty model_version means; "": none is READY
     aliases: Mapping[str, str]  # alias -> version text
 
-# -- front end ----------------------------------------------------------------------------------------------------------
+# -- front end ---------------------------------------------------------------------------------------------------------
 
 class FrontendSettings(NamedTuple):
     host: str = "127.0.0.1"
@@ -207,7 +207,7 @@ class Frontend:
     def publish(self, routes: Sequence[ModelRoute]) -> None:
         """Replaces the route table. Returns when no I/O thread can still see the old one."""
     def next_slow(self, lane: str, timeout_s: float) -> SlowEvent | None:
-        """Waits for an event of the lane, "fast" or "general". None at the timeout or once the front end has stopped."""
+        """Waits for an event of the lane, "fast" or "general". None at the timeout or once the front end stopped."""
     def drain(self, timeout_s: float) -> bool:
         """Stops accepting, says GOAWAY, lets calls in flight finish. True when all connections ended in time."""
     def stop(self) -> None:
@@ -218,14 +218,14 @@ class Frontend:
 def live_objects() -> dict[str, int]:
     """Live native objects by kind (version, session, instance, request, ...), for leak checks."""
 
-# -- codec, for tests ---------------------------------------------------------------------------------------------------
+# -- codec, for tests --------------------------------------------------------------------------------------------------
 
 def parse_infer_request(body: bytes) -> dict[str, object]:
     """What the front end sees in a serialized ModelInferRequest; texts are bytes."""
 
 def check_infer_request(body: bytes, settings: ModelSettings) -> dict[str, object]:
-    """What a queue would get of it: id, inputs (dims, raw bytes), outputs_wanted, rows, priority, timeout_us, shape_key,
-    empty_final_response."""
+    """What a queue would get of it: id, inputs (dims, raw bytes), outputs_wanted, rows, priority, timeout_us,
+    shape_key, empty_final_response."""
 
 def encode_infer_response(
     body: bytes,
@@ -235,8 +235,8 @@ def encode_infer_response(
     first_row: int,
     in_stream: bool,
 ) -> bytes:
-    """The gRPC message that answers `body`, which stood at `first_row` of a batch of `batch_rows`. `outputs`: per output
-    of the model (ONNX type number, dims of the batch, data), for BYTES a list of elements."""
+    """The gRPC message that answers `body`, which stood at `first_row` of a batch of `batch_rows`. `outputs`: per
+    output of the model (ONNX type number, dims of the batch, data), for BYTES a list of elements."""
 
 def encode_stream_error(model_name: bytes, model_version: bytes, request_id: bytes, message: bytes) -> bytes: ...
 def gather_input(bodies: Sequence[bytes], settings: ModelSettings, index: int) -> bytes:
@@ -261,8 +261,8 @@ class Prediction(NamedTuple):
 
 class Decision(NamedTuple):
     action: str  # "idle", "drop", "hold", "dispatch"
-    count: int  # dispatch: how many candidates, from the first
-    index: int  # drop: which candidate
+    count: int  # type: ignore[assignment]  # dispatch: how many candidates, from the first
+    index: int  # type: ignore[assignment]  # drop: which candidate
     probe: bool  # dispatch: against the prediction
     until_ns: int  # hold
 

@@ -33,8 +33,7 @@ from server.source import ModelFolder, SourceError
 
 if TYPE_CHECKING:
     from protos.gen.model_config_pb2 import ModelConfig
-    from server._native import TensorInfo, Version
-    from server._native import Warning as WarmupWarning
+    from server._native import TensorInfo, Version, WarmupWarning
     from server.settings import ModelSettings, WarmupBatch
 
 _LOG = logging.getLogger(__name__)

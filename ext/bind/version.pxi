@@ -17,7 +17,7 @@ from serving cimport (
     c_Version,
 )
 
-Warning = namedtuple("Warning", "name message")
+WarmupWarning = namedtuple("WarmupWarning", "name message")
 Histogram = namedtuple("Histogram", "bounds counts sum")
 BatchStatistics = namedtuple(
     "BatchStatistics", "batch_size count compute_input_ns compute_infer_ns compute_output_ns"
@@ -115,7 +115,7 @@ cdef class Version:
             if batch.required:
                 check(status)
             elif not status.ok():
-                warnings.append(Warning(batch.name, status.message.decode("utf-8", "replace")))
+                warnings.append(WarmupWarning(batch.name, status.message.decode("utf-8", "replace")))
         return warnings
 
     def start(self):

@@ -99,7 +99,8 @@ class ServeProcess:
         return ready
 
     def _wait_for_ready_line(self, until: float) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         pipe, pending = self._process.stdout.fileno(), b""
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)

@@ -122,7 +122,8 @@ def test_the_tables_show_every_check_and_both_accuracies() -> None:
         for table in tables(story):
             console.print(table)
     text = captured.get()
-    assert "92.00 %" in text and "97.00 %" in text
+    assert "92.00 %" in text
+    assert "97.00 %" in text
     assert text.count("NOT OK") == 1
     for check in checks(story):
         assert check.name in text
