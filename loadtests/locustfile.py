@@ -19,6 +19,7 @@ import tritonclient.grpc as triton
 from grpc.experimental import gevent as grpc_gevent
 from locust import User, constant, events, task
 from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
 from locust.exception import StopUser
 from tritonclient.utils import triton_to_np_dtype
 
@@ -37,6 +38,12 @@ def _add_arguments(parser: LocustArgumentParser) -> None:
     group.add_argument("--model", default="", env_var="LOCUST_MODEL", help="which model; default: the first READY one")
     group.add_argument("--rows", type=int, default=1, env_var="LOCUST_ROWS", help="rows of a request")
     group.add_argument("--timeout-s", type=float, default=10.0, env_var="LOCUST_TIMEOUT_S", help="of a request")
+
+
+@events.init.add_listener
+def _let_requests_finish(environment: Environment, **_: Any) -> None:
+    # Users that are ended inside a call would make the server count requests that locust does not.
+    environment.stop_timeout = max(environment.stop_timeout or 0.0, environment.parsed_options.timeout_s)
 
 
 def first_ready(client: triton.InferenceServerClient) -> str:
@@ -90,7 +97,9 @@ class InferUser(User):
 
     def on_stop(self) -> None:
         """Disconnects."""
-        self._client.close()
+        # The client closes itself when it goes. Left to the end of the process, that may wait for ever: grpcio then has
+        # no gevent any more.
+        del self._client
 
     @task
     def infer(self) -> None:

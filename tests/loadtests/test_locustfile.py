@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
 
 def locust(server: ServeProcess, *flags: str, json_output: bool = True) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--headless", "-u", "2", "-r", "2"]
-    command += ["-t", "1s", "--host", server.grpc_address, *flags]
+    command += ["-t", "3s", "--host", server.grpc_address, *flags]
     command += ["--json"] if json_output else []
     # A process of its own: locust replaces what the standard library does with sockets and threads.
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
