@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format, text_format
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from protos.gen import model_config_pb2 as pb
 from server.policy.versions import All, Latest, Specific, VersionPolicy
@@ -243,6 +244,8 @@ def _prepared_one(value: Any, field: FieldDescriptor, path: str, problems: _Prob
         if value.upper() not in names:
             problems.add(path, f"unknown value {value!r}; there are {', '.join(names)}")
         return value.upper()
+    if field.enum_type is not None and isinstance(value, bool):
+        problems.add(path, "must be a name, not a boolean")
     return value
 
 
@@ -373,6 +376,8 @@ def check(config: pb.ModelConfig, name: str, machine: Machine, *, is_from_reques
     `is_from_request` says that a client sent the configuration: then options that name files on this node are refused.
     """
     problems = _Problems()
+    _check_enums(config, "", problems)
+    problems.raise_if_any()
     _check_identity(config, name, problems)
     _check_refused(config, problems)
     _check_batching(config, problems)
@@ -385,6 +390,25 @@ def check(config: pb.ModelConfig, name: str, machine: Machine, *, is_from_reques
     if not problems:
         _groups(config, parameters, machine, problems)
     problems.raise_if_any()
+
+
+def _check_enums(message: Message, path: str, problems: _Problems) -> None:
+    """Both forms take enums by number, also by one that means nothing."""
+    for field, value in message.ListFields():
+        at = f"{path}.{field.name}" if path else field.name
+        kind = field.message_type
+        if kind is not None and kind.GetOptions().map_entry:
+            if kind.fields_by_name["value"].message_type is not None:
+                for key, item in value.items():
+                    _check_enums(item, f"{at}[{key!r}]", problems)
+        elif kind is not None:
+            for index, item in enumerate(value) if field.is_repeated else ((None, value),):
+                _check_enums(item, at if index is None else f"{at}[{index}]", problems)
+        elif field.enum_type is not None:
+            for number in value if field.is_repeated else (value,):
+                if number not in field.enum_type.values_by_number:
+                    names = ", ".join(field.enum_type.values_by_name)
+                    problems.add(at, f"unknown value {number}; there are {names}")
 
 
 def _check_identity(config: pb.ModelConfig, name: str, problems: _Problems) -> None:
