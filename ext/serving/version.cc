@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "infer/codec.h"
+#include "infer/refusal.h"
 #include "net/outbox.h"
 #include "util/clock.h"
 
@@ -103,6 +104,10 @@ class Version::Executor {
   }
 
   void Fail(Request* request, Status status) {
+    // The runtime knows nodes; whoever asked knows models.
+    if (status.reason == Reason::kModelRaised) {
+      status.message = "model " + Quoted(version_.spec_.name) + " failed: " + status.message;
+    }
     request->status = std::move(status);
     request->times.output_done_ns = NowNs();
     HandBack(request);
