@@ -14,12 +14,15 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
 
 from protos import POOL
-from protos.gen import reflection_pb2
+from protos.gen import reflection_pb2, reflection_v1alpha_pb2
 from server.errors import Reason, ServingError
 from server.grpc_status import status_of
 
 if TYPE_CHECKING:
     from server._native import SlowCall
+
+# Imported for what it puts into the pool: its package is a service here, and can be asked about.
+V1ALPHA = reflection_v1alpha_pb2.DESCRIPTOR
 
 NOT_FOUND = status_of(Reason.MODEL_NOT_FOUND)
 INVALID_ARGUMENT = status_of(Reason.INVALID_TENSOR)
@@ -47,7 +50,7 @@ class Reflection:
             elif question == "file_by_filename":
                 self._add_files(response, self._pool.FindFileByName(request.file_by_filename))
             elif question == "file_containing_symbol":
-                self._add_files(response, self._pool.FindFileContainingSymbol(request.file_containing_symbol))
+                self._add_files(response, self._file_of(request.file_containing_symbol))
             elif question == "file_containing_extension":
                 wanted = request.file_containing_extension
                 message = self._pool.FindMessageTypeByName(wanted.containing_type)
@@ -65,6 +68,25 @@ class Reflection:
             response.error_response.error_code = NOT_FOUND
             response.error_response.error_message = f"nothing known for {question}"
         return response
+
+    def _file_of(self, symbol: str) -> FileDescriptor:
+        """Where a symbol is declared: a service, its method, a message, its field, an enum. Raises KeyError."""
+        try:
+            file: FileDescriptor = self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            # The pool does not know members by their full name.
+            parent, _, member = symbol.rpartition(".")
+            file = self._pool.FindFileContainingSymbol(parent)
+            services, messages = file.services_by_name, file.message_types_by_name
+            if not any(
+                owner.full_name == parent and member in members
+                for owner, members in (
+                    *((service, service.methods_by_name) for service in services.values()),
+                    *((message, message.fields_by_name) for message in messages.values()),
+                )
+            ):
+                raise
+        return file
 
     @staticmethod
     def _add_files(response: reflection_pb2.ServerReflectionResponse, file: FileDescriptor) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,65 +18,18 @@ from hypothesis import strategies as st
 
 from server.config import ControlMode
 from server.errors import Reason, ServingError
-from server.loader import Loader
 from server.manager import Manager
-from server.model_config import Machine
 from server.placement import State
 from tests.server.fakes import (
     PATIENCE_S,
-    FakeNative,
-    ManualClock,
     NativeError,
     counts_of,
     eventually,
     onnx_bytes,
-    put_model,
 )
+from tests.server.world import World
 
 ALL = "version_policy { all { } }"
-
-
-class World:
-    """A repository, a fake native core, and the manager between them."""
-
-    def __init__(self, repository: Path) -> None:
-        self.repository = repository
-        self.native = FakeNative()
-        self.clock = ManualClock()
-        self.managers: list[Manager] = []
-
-    def put(self, name: str, version: str = "1", tag: str | None = None, config: str = "") -> Path:
-        return put_model(self.repository, name, version, tag, config)
-
-    def manager(self, mode: ControlMode = ControlMode.EXPLICIT, **arguments: Any) -> Manager:
-        loader = Loader(self.native, Machine(), clock=self.clock)
-        manager = Manager(
-            self.repository, loader, self.native, self.native.publish, control_mode=mode, clock=self.clock, **arguments
-        )
-        self.managers.append(manager)
-        return manager
-
-    def started(self, mode: ControlMode = ControlMode.NONE, **arguments: Any) -> Manager:
-        manager = self.manager(mode, **arguments)
-        manager.load_all()
-        return manager
-
-    def settle(self) -> None:
-        """Waits for what is being retired in the background."""
-        for manager in self.managers:
-            eventually(lambda manager=manager: not manager._retiring, "every retirement ends")
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    repository = tmp_path / "models"
-    repository.mkdir()
-    world = World(repository)
-    yield world
-    for version in world.native.versions:
-        version.idle.set()
-    for manager in world.managers:
-        manager.close(0.0)
 
 
 def rows(manager: Manager) -> list[tuple[str, str, str]]:
