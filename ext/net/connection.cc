@@ -699,10 +699,7 @@ void Connection::AddReply(Call* call, Request* request) {
   const auto bytes = static_cast<int64_t>(request->reply.size());
   io_.budget_.Force(bytes);
   request->charged_bytes += bytes;
-  if (call->replies.empty()) {
-    ++n_replying_;
-    call->progress_ns = io_.now_ns_;
-  }
+  if (call->replies.empty()) call->progress_ns = io_.now_ns_;
   call->replies.PushBack(request);
 }
 
@@ -737,7 +734,6 @@ ssize_t Connection::ReadReply(nghttp2_session*, int32_t, uint8_t* to, size_t siz
     call->replies.PopFront();
     call->reply_offset = 0;
     connection->io_.Recycle(request);
-    if (call->replies.empty()) --connection->n_replying_;
   }
   if (call->finishing) {
     *flags |= NGHTTP2_DATA_FLAG_EOF | NGHTTP2_DATA_FLAG_NO_END_STREAM;
@@ -909,7 +905,6 @@ void Connection::ReleaseCall(Call* call) {
   nghttp2_session_set_stream_user_data(session_, call->stream_id, nullptr);
   if (call->receiving) io_.Recycle(call->receiving);
   if (call->complete) io_.Recycle(call->complete);
-  if (!call->replies.empty()) --n_replying_;
   while (Request* request = call->replies.PopFront()) io_.Recycle(request);
   CancelSlow(call);
   (call->list_prev ? call->list_prev->list_next : calls_) = call->list_next;
@@ -931,6 +926,7 @@ void Connection::Flush() {
         return;
       }
       if (n == 0) break;
+      if (out_.empty()) progress_ns_ = io_.now_ns_;
       out_.insert(out_.end(), data, data + n);
     }
     if (out_.size() == out_sent_) break;
@@ -955,7 +951,6 @@ void Connection::Flush() {
     out_.clear();
     out_sent_ = 0;
     if (out_.capacity() > 2 * kOutputChunkBytes) std::vector<uint8_t>().swap(out_);
-    if (n_replying_ == 0) progress_ns_ = io_.now_ns_;
     const bool over = !nghttp2_session_want_read(session_) && !nghttp2_session_want_write(session_);
     if (!lingering_ && (over || (final_goaway_ns_ != 0 && n_calls_ == 0))) {
       // Everything is said. Half-close and wait for the peer to do the same: closing with unread bytes in the kernel
@@ -1010,7 +1005,7 @@ void Connection::OnSweep(int64_t now_ns) {
   }
   const int64_t stall_ns =
       io_.budget_.low() ? std::min(settings.stall_timeout_ns, kPressedStallNs) : settings.stall_timeout_ns;
-  if ((out_.size() > out_sent_ || n_replying_ > 0) && now_ns - progress_ns_ > stall_ns) {
+  if (out_.size() > out_sent_ && now_ns - progress_ns_ > stall_ns) {
     io_.counters_.stall_closes.Add(1);
     Die();
     return;

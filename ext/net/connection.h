@@ -129,12 +129,11 @@ class Connection {
 
   Call* calls_ = nullptr;  // all open calls
   uint32_t n_calls_ = 0;
-  uint32_t n_replying_ = 0;  // calls with unsent answers
 
   // Clocks, all of CLOCK_MONOTONIC.
   const int64_t opened_ns_;
   int64_t heard_ns_;          // last bytes from the peer
-  int64_t progress_ns_;       // output last moved, or nothing was waiting
+  int64_t progress_ns_;       // bytes of out_ last moved, or the first of them came
   int64_t idle_since_ns_;     // since there has been no call
   int64_t ping_sent_ns_ = 0;  // keepalive under way
   int64_t drain_ns_ = 0;      // when the first GOAWAY went out

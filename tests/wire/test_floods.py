@@ -45,6 +45,7 @@ from tests.wire.harness import (
     infer_request,
     model_settings,
     request_headers,
+    values_of,
 )
 
 MIB = 1 << 20
@@ -298,6 +299,22 @@ def test_a_peer_that_reads_nothing_is_closed_and_its_answers_are_freed(
     assert server.count("stall_closes") == 2
 
 
+def test_one_stalled_stream_costs_the_others_of_its_connection_nothing(
+    serve: Callable[..., Server], connect: Callable[..., Http2]
+) -> None:
+    server = serve(stall_timeout_s=0.2)
+    held = server.add(model_settings("held", max_batch_size=1), script="hold")
+    server.add()
+    client = connect(server, settings={SETTING_WINDOW: 0})
+    waiting = client.call(infer_request("held", [5, 0, 0, 0]))
+    stalled = client.call(infer_request())
+    assert client.reply(stalled).reset == CANCEL
+    assert server.count("stall_resets") == 1
+    held.release(1)
+    client.frame(WindowUpdateFrame(waiting, window_increment=1000))
+    assert values_of(client.reply(waiting).expect(OK).messages[0])[0] == 5
+
+
 def test_a_slow_reader_that_gets_on_is_served(serve: Callable[..., Server], connect: Callable[..., Http2]) -> None:
     server = serve(stall_timeout_s=0.4)
     server.add(bytes_model())
@@ -494,5 +511,6 @@ def test_millions_of_useless_frames_are_refused_quickly(server: Server) -> None:
         for _ in range(100):
             with Http2(server.port) as attacker:
                 flood(attacker, frame, 10)
+                assert how_it_ended(attacker)[0] == ENHANCE_YOUR_CALM
         is_answered(neighbour)
     assert server.count("glitch_closes") == 100

@@ -330,6 +330,25 @@ def test_streams_above_the_limit_are_refused_and_the_others_live(
     client.infer(infer_request("held")).expect(OK)
 
 
+def test_who_knows_the_limit_of_streams_and_breaks_it_loses_the_connection(
+    serve: Callable[..., Server], connect: Callable[..., Http2]
+) -> None:
+    server = serve(max_streams=3)
+    held = server.add(model_settings("held", max_batch_size=1), script="hold")
+    client = connect(server)
+    for _ in range(4):
+        client.call(infer_request("held"))
+    client.read_to_end()
+    assert client.goaways()[-1].error_code == PROTOCOL_ERROR
+    held.wait_waiting(0)
+    held.release(1)
+
+
+def test_the_last_stream_id_of_all_is_served(client: Http2) -> None:
+    client.next_id = (1 << 31) - 1
+    client.infer(infer_request()).expect(OK)
+
+
 def test_a_thousand_large_calls_on_one_channel_all_succeed(serve: Callable[..., Server]) -> None:
     server = serve(max_streams=100)
     server.add(bytes_model())
