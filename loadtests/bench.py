@@ -39,7 +39,7 @@ def run_scenario(name: str, *, quick: bool, options: dict[str, Any], when: str) 
     module = scenario(name)
     shown = {"quick": quick, **{key: value for key, value in options.items() if value is not None}}
     origin = report.Origin(name, module.QUESTION, when, machine.describe(), shown)
-    began = time.monotonic()
+    began, others = time.monotonic(), machine.Others()
     with tempfile.TemporaryDirectory(prefix=f"tidegate-bench-{name}-") as folder:
         bench = Bench(Path(folder), quick, options)
         try:
@@ -50,7 +50,7 @@ def run_scenario(name: str, *, quick: bool, options: dict[str, Any], when: str) 
             document = report.failure(origin, str(why))
         except Exception as why:  # one scenario's mistake must not cost the others their results
             document = report.failure(origin, f"{type(why).__name__}: {why}\n{traceback.format_exc()}")
-    return {**document, "took_s": round(time.monotonic() - began, 1)}
+    return {**document, "took_s": round(time.monotonic() - began, 1), "others_cpu_share": others.share()}
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,31 @@ def _package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+class Others:
+    """How much of these cores other people's processes used since this was made."""
+
+    def __init__(self) -> None:
+        self._at = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        # User, nice and system only: time in interrupts belongs to nobody, and much of it is our own traffic.
+        ticks = sum(
+            sum(map(int, line.split()[1:4]))
+            for line in Path("/proc/stat").read_text().splitlines()
+            if re.match(r"cpu\d", line) and int(line.split()[0][3:]) in CORES
+        )
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+    def share(self) -> float:
+        """From 0 to 1, to be asked once our own processes have ended: only then is their time known."""
+        began, busy_before, own_before = self._at
+        now, busy, own = self._now()
+        others = busy - busy_before - (own - own_before)
+        # Ticks are 10 ms: over less than that the share is not known and could be anything.
+        return round(min(1.0, max(0.0, others) / (len(CORES) * max(1e-9, now - began))), 3)
 
 
 def describe() -> dict[str, Any]:

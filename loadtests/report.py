@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Of the cores' time. Above this, figures of a run are shown with a warning.
+MOST_OTHERS_SHARE = 0.03
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -98,6 +101,8 @@ def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
     for where, scenarios in measured.items():
         which = "" if len(measured) == 1 else f"{', '.join(scenarios)}: "
         lines += ["", f"{which}{where}"]
+    for busy in filter(None, map(_busy, documents)):
+        lines += ["", busy]
     return "\n".join(lines) + "\n"
 
 
@@ -119,6 +124,16 @@ def _where(one: Mapping[str, Any]) -> str:
     return (
         f"{one['when']}, commit {machine['commit']}{changed}; {machine['cpu']}, {machine['cores']} cores, "
         f"Linux {machine['kernel']}; Python {machine['python']}, {packages}{quick}."
+    )
+
+
+def _busy(one: Mapping[str, Any]) -> str:
+    """A warning about what else the machine did, or ""."""
+    share = one.get("others_cpu_share", 0.0)
+    if share < MOST_OTHERS_SHARE:
+        return ""
+    return (
+        f"{one['scenario']}: other processes used {100 * share:.0f} % of the cores meanwhile; its figures are in doubt."
     )
 
 

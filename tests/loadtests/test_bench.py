@@ -132,6 +132,18 @@ def test_every_scenario_has_a_question_and_a_run(name: str) -> None:
     assert callable(module.run)
 
 
+def test_what_others_use_of_the_cores_leaves_out_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # (time, CPU seconds of the cores, CPU seconds of ours): 4 s on two cores, of which others took 2 s and we 1 s.
+    readings = [(100.0, 50.0, 7.0), (104.0, 53.0, 8.0)]
+    monkeypatch.setattr(machine, "CORES", frozenset({0, 1}))
+    monkeypatch.setattr(machine.Others, "_now", lambda _: readings.pop(0))
+    assert machine.Others().share() == 0.25
+
+
+def test_what_others_use_is_a_share() -> None:
+    assert 0.0 <= machine.Others().share() <= 1.0
+
+
 def test_the_machine_is_described() -> None:
     found = machine.describe()
     assert found["cores"] >= 1

@@ -87,6 +87,12 @@ def test_the_table_tells_results_of_different_times_apart_and_marks_quick_ones()
     assert table.count("a quick run") == 1
 
 
+def test_the_table_warns_of_figures_that_were_taken_on_a_busy_machine() -> None:
+    document = report.document(origin("wire"), Result([Goal("g", 1, ">=", 1)], {}))
+    assert "other processes" not in report.markdown([{**document, "others_cpu_share": 0.02}])
+    assert "wire: other processes used 40 % of the cores" in report.markdown([{**document, "others_cpu_share": 0.4}])
+
+
 def test_the_summary_takes_the_latest_of_each_scenario_of_the_day(tmp_path: Path) -> None:
     def save(name: str, value: float) -> None:
         content = report.document(origin(name), Result([Goal(f"goal of {name}", value, ">=", 1)], {}))
