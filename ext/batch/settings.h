@@ -11,7 +11,8 @@ enum class TimeoutAction : uint8_t { kReject = 0, kDelay = 1 };
 
 struct QueuePolicy {
   TimeoutAction timeout_action = TimeoutAction::kReject;
-  int64_t default_timeout_us = 0;  // 0: none
+  int64_t default_timeout_us = 0;  // longest wait in the queue; 0: none
+  // With kDelay: `timeout` shortens that, and is not the caller's deadline.
   bool allow_timeout_override = false;
   uint32_t max_queue_size = 0;  // requests waiting at this level; 0: kDefaultMaxQueueSize
 };

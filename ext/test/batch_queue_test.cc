@@ -297,6 +297,40 @@ TIDEGATE_TEST(a_close_ends_executors_that_wait) {
   CHECK_EQ(ended.load(), 3u);
 }
 
+TIDEGATE_TEST(every_instance_is_woken_when_there_is_work_for_all) {
+  // More than one call wakes, so that who was woken has to wake others.
+  constexpr uint32_t kInstances = 24;
+  NodeLoad node(false);
+  BatchQueue queue(Settings(kInstances, 4), node);
+  std::atomic<uint32_t> working{0};
+  std::vector<std::thread> executors;
+  for (uint32_t i = 0; i < kInstances; ++i) {
+    executors.emplace_back([&, i] {
+      Batch batch;
+      while (queue.Take(i, &batch)) {
+        working.fetch_add(1);
+        working.notify_all();
+        // Nobody goes on before all have a batch: whoever is left sleeping makes this hang.
+        for (uint32_t n; (n = working.load()) < kInstances;) working.wait(n);
+        queue.Finished(i, batch.rows, 1'000, true, NowNs());
+      }
+    });
+  }
+  std::vector<std::unique_ptr<Request>> requests;
+  RequestList burst, refused;
+  for (uint32_t i = 0; i < 4 * kInstances; ++i) {
+    requests.push_back(std::make_unique<Request>());
+    requests.back()->rows = 1;
+    queue.SetDeadlines(requests.back().get());
+    burst.PushBack(requests.back().get());
+  }
+  queue.Push(&burst, &refused, NowNs());
+  for (uint32_t n; (n = working.load()) < kInstances;) working.wait(n);
+  queue.Close();
+  for (std::thread& executor : executors) executor.join();
+  CHECK_EQ(working.load(), kInstances);
+}
+
 TIDEGATE_TEST(a_held_batch_starts_when_its_time_has_come) {
   NodeLoad node(false);
   BatchSettings settings = Settings(1, 8);

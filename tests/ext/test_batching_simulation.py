@@ -285,7 +285,7 @@ def test_the_same_seed_gives_the_same_world() -> None:
 @pytest.mark.parametrize("load", [0.3, 0.95, 1.2, 2.0, 3.0, 10.0])
 @each_world
 def test_many_seeds_and_long_worlds_agree(model: Model, instances: int, load: float) -> None:
-    for seed in range(10, 15):
+    for seed in range(10, 13):
         world = World(model, instances, load, seed=seed, batches=1000).run()
         assert world.goodput >= 0.97 * min(load, 1.0)
         assert world.late == 0
