@@ -36,14 +36,9 @@ class MetricsServer:
         self._slots = threading.BoundedSemaphore(MOST_CONNECTIONS)
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self._listener = socket.create_server(address[:2], family=family, backlog=MOST_CONNECTIONS)
+        self.port: int = self._listener.getsockname()[1]  # where it listens
         self._is_closing = False
         self._thread = threading.Thread(target=self._accept, name="metrics", daemon=True)
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        port: int = self._listener.getsockname()[1]
-        return port
 
     def start(self) -> None:
         """Starts answering."""
