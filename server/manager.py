@@ -396,10 +396,11 @@ class Manager:
         try:
             self._change(name, lambda: self._converge(name, is_forced=False))
         except ServingError as error:
-            _LOG.error("%s", error.message, extra={"model": name})
+            # Any other failure has been logged and recorded where it was found.
             if error.reason is Reason.MODEL_NOT_FOUND:
                 # Somebody expects it to be here: the index says why it is not.
                 reason = error.message
+                _LOG.error("%s", reason, extra={"model": name})
                 self._update(name, lambda model: replace(model, reason=reason, is_kept=True))
 
     def load(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
@@ -485,13 +486,14 @@ class Manager:
         )
 
     def _guarded(self, name: str, change: Callable[[], None]) -> Callable[[], None]:
-        """A change of one model whose failure is for the log: nobody waits for it."""
+        """A change of one model that nobody waits for."""
 
         def run() -> None:
             try:
                 self._change(name, change)
             except ServingError as error:
-                _LOG.error("%s", error.message, extra={"model": name})
+                # What could not be loaded has been logged and recorded; else the server is stopping.
+                _LOG.debug("model %s was not changed: %s", name, error.message, extra={"model": name})
             except Exception:
                 _LOG.exception("model %s could not be changed", name, extra={"model": name})
 
@@ -705,9 +707,13 @@ class Manager:
         raise _failed(name, f"version {_quoted(text)}: internal error ({type(first).__name__}); see the log") from first
 
     def _load_one(self, request: LoadRequest, placement: Placement) -> None:
+        def opened() -> None:
+            placement.move(Event.OPENED, "warming up")
+            self._update(placement.name, lambda model: model)  # the route table says why a version is not ready
+
         placement.move(Event.STARTED, _LOADING)
         try:
-            placement.hold(self._loader.load(request, on_open=lambda: placement.move(Event.OPENED, "warming up")))
+            placement.hold(self._loader.load(request, on_open=opened))
         except Exception as error:
             message = error.message if isinstance(error, ServingError) else f"internal error ({type(error).__name__})"
             placement.move(Event.BROKE, message)
@@ -788,8 +794,10 @@ class Manager:
         self._retire(leaving)
 
     def _record_failure(self, name: str, message: str, tried: Collection[str] = ()) -> None:
-        """Keeps the reason for the index. `tried` are the versions whose placements say it already; without any, it is
-        why none of the model's versions could be loaded."""
+        """Tells the log and keeps the reason for the index. `tried` are the versions whose placements say it already;
+        without any, it is why none of the model's versions could be loaded."""
+        extra = {"model": name} | ({"version": next(iter(tried))} if len(tried) == 1 else {})
+        _LOG.error("%s", message, extra=extra)
         named = self._naming(name)
 
         def update(model: _Model) -> _Model:

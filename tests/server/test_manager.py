@@ -500,6 +500,40 @@ def test_loads_of_one_model_wait_for_each_other_and_others_do_not(world: World) 
     assert [version.tag for version in world.native.versions].count("slow-1") == 2
 
 
+def test_a_version_that_warms_up_says_so(world: World) -> None:
+    world.put("a")
+    manager = world.manager(ControlMode.EXPLICIT)
+    said: list[str] = []
+
+    def warm_up(_tag: str, _batches: Any) -> list[Any]:
+        said.append(world.native.routed()["a"]["1"])
+        said.append(refused(Reason.VERSION_NOT_READY, lambda: manager.resolve("a")))
+        return []
+
+    world.native.on_warm_up = warm_up
+    manager.load("a", '{"max_batch_size": 1}')
+    assert said == ["(warming up)", "model 'a' version '1' is not ready: warming up"]
+
+
+def test_every_failure_is_logged_once_with_its_model(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    world.put("a")
+    (world.repository / "a" / "1" / "model.onnx").write_bytes(b"junk")
+    manager = world.started(ControlMode.EXPLICIT, load_models=["a", "ghost"])
+    told = [(vars(record)["model"], vars(record).get("version"), record.message) for record in caplog.records]
+    assert sorted(one[:2] for one in told) == [("a", "1"), ("ghost", None)]
+    caplog.clear()
+    message = refused(Reason.LOAD_FAILED, lambda: manager.load("a"))
+    assert [record.message for record in caplog.records] == [message]
+    caplog.clear()
+    (world.repository / "a" / "config.pbtxt").write_text("max_batch: 1")
+    message = refused(Reason.LOAD_FAILED, lambda: manager.load("a"))
+    assert [record.message for record in caplog.records] == [message]
+    caplog.clear()
+    refused(Reason.MODEL_NOT_FOUND, lambda: manager.load("nobody"))
+    assert caplog.records == [], "what clients make up is not worth a line"
+
+
 def test_an_unknown_model_cannot_be_loaded_and_leaves_nothing_behind(world: World) -> None:
     manager = world.started(ControlMode.EXPLICIT)
     for name in ("ghost", "ghost2"):
