@@ -23,8 +23,8 @@ def session_of(path: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def run_seconds(session: onnxruntime.InferenceSession, rows: int, seconds: float) -> float:
-    """Mean seconds of a run of `rows` rows over about `seconds`, after five warm runs."""
+def run_seconds(session: onnxruntime.InferenceSession, rows: int, seconds: float) -> tuple[float, float]:
+    """Mean seconds and mean CPU seconds of a run of `rows` rows over about `seconds`, after five warm runs."""
     (tensor,) = session.get_inputs()
     x = np.random.default_rng(3).standard_normal((rows, *tensor.shape[1:]), dtype=np.float32)
     binding = session.io_binding()
@@ -33,15 +33,15 @@ def run_seconds(session: onnxruntime.InferenceSession, rows: int, seconds: float
         binding.bind_output(output.name)
     for _ in range(5):
         session.run_with_iobinding(binding)
-    runs, began = 0, time.perf_counter()
+    runs, began, cpu_began = 0, time.perf_counter(), time.process_time()
     while (took := time.perf_counter() - began) < seconds:
         session.run_with_iobinding(binding)
         runs += 1
-    return took / runs
+    return took / runs, (time.process_time() - cpu_began) / runs
 
 
 def main() -> None:
-    """Prints {"rows_per_s": {"8": ..., ...}, "run_us": {...}}."""
+    """Prints {"rows_per_s": {"8": ..., ...}, "run_us": {...}, "cpu_us": {...}}; cpu_us is the CPU time of a run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("file")
     parser.add_argument("--batches", default="1,8,16,32,64")
@@ -52,8 +52,9 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "rows_per_s": {rows: round(int(rows) / one, 2) for rows, one in took.items()},
-                "run_us": {rows: round(1e6 * one, 2) for rows, one in took.items()},
+                "rows_per_s": {rows: round(int(rows) / wall, 2) for rows, (wall, _) in took.items()},
+                "run_us": {rows: round(1e6 * wall, 2) for rows, (wall, _) in took.items()},
+                "cpu_us": {rows: round(1e6 * cpu, 2) for rows, (_, cpu) in took.items()},
             }
         )
     )

@@ -450,7 +450,7 @@ def rows_per_s(
 
 
 def bare_runtime(file: Path, batches: Sequence[int], seconds: float) -> dict[str, dict[int, float]]:
-    """ONNX Runtime alone on the server's core: {"rows_per_s": {batch: ...}, "run_us": {batch: ...}}."""
+    """ONNX Runtime alone on the server's core: {"rows_per_s": {batch: ...}, "run_us": {...}, "cpu_us": {...}}."""
     command = [*pinned(SERVER_CORE), sys.executable, "-m", "loadtests.bare_runtime", str(file)]
     command += ["--batches", ",".join(map(str, batches)), "--seconds", f"{seconds:g}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)

@@ -27,6 +27,7 @@ class Measured:
     layers: int
     batch: int  # the best one for bare ONNX Runtime; also the server's max_batch_size
     rounds: Sequence[Mapping[str, float]]  # {"server": rows/s, "bare": rows/s}
+    cpu_us_a_row: Mapping[str, float]  # the same two; the server's has all of its threads
     batch_rows: Mapping[str, int]
 
 
@@ -40,9 +41,9 @@ def _measure(bench: Bench, target_us: float) -> Measured:
     made = calibrate.stack_taking(target_us * CALIBRATION_BATCH, CALIBRATION_BATCH, bench.folder)
     repository = bench.folder / f"models-{name}"
     sweep_file = models.put(bench.folder / "sweep", name, made.model) / "model.onnx"
-    sweep = rig.bare_runtime(sweep_file, BATCHES, bench.seconds(1.5, 0.3))["rows_per_s"]
-    batch = max(sweep, key=lambda rows: sweep[rows])
-    bench.say(f"{made.layers} layers, {made.row_us:.0f} us a row; best batch {batch} of {sweep}")
+    sweep = rig.bare_runtime(sweep_file, BATCHES, bench.seconds(1.5, 0.3))
+    batch = min(BATCHES, key=lambda rows: sweep["cpu_us"][rows] / rows)
+    bench.say(f"{made.layers} layers, {made.row_us:.0f} us a row; best batch {batch} of {sweep['cpu_us']}")
     models.put(repository, name, made.model, config=f"max_batch_size: {batch}\ndynamic_batching {{ }}\n")
     x = rig.random_rows(1, 16)
     body, expected = rig.body_file(bench.folder, name, x), rig.expected_answer(sweep_file, x)
@@ -59,14 +60,17 @@ def _measure(bench: Bench, target_us: float) -> Measured:
         turns = {"server": served, "bare": bare}
         rig.check_answer(server.grpc_address, name, x, expected)
         rounds = []
-        before = rig.scrape(server)
+        before, cpu_before = rig.scrape(server), server.cpu_seconds()
         for number in range(bench.count(6, 2)):
             found = {turn: turns[turn]() for turn in paired.order(list(turns), number)}
             bench.say(f"round {number + 1}: server {found['server']:,.0f} rows/s, bare {found['bare']:,.0f} rows/s")
             rounds.append(found)
-        batch_rows = rig.histogram(before, rig.settled(server, name), "tidegate_batch_rows", model=name)
+        after, cpu_used = rig.settled(server, name), server.cpu_seconds() - cpu_before
+        batch_rows = rig.histogram(before, after, "tidegate_batch_rows", model=name)
+        n_rows = after.total("nv_inference_count", model=name) - before.total("nv_inference_count", model=name)
+        cpu_us_a_row = {"server": 1e6 * cpu_used / n_rows, "bare": sweep["cpu_us"][batch] / batch}
         rig.check_answer(server.grpc_address, name, x, expected)
-    return Measured(target_us, made.row_us, made.layers, batch, rounds, batch_rows)
+    return Measured(target_us, made.row_us, made.layers, batch, rounds, cpu_us_a_row, batch_rows)
 
 
 def judge(measured: Sequence[Measured]) -> Result:
@@ -83,6 +87,7 @@ def judge(measured: Sequence[Measured]) -> Result:
             "batch": one.batch,
             "server_rows_per_s": paired.summary([found["server"] for found in one.rounds]),
             "bare_rows_per_s": paired.summary([found["bare"] for found in one.rounds]),
+            "cpu_us_a_row": {where: round(us, 2) for where, us in one.cpu_us_a_row.items()},
             "batch_rows": dict(one.batch_rows),
         }
         raw[name] = _rounded(one.rounds)

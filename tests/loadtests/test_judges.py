@@ -91,7 +91,7 @@ def test_payload_notices_a_copy_too_many_and_a_counter_that_stands_still(
 
 def computed(target_us: float, share: float) -> compute.Measured:
     rounds = [{"server": share * bare, "bare": bare} for bare in (900.0, 1000.0, 1100.0)]
-    return compute.Measured(target_us, target_us, 10, 32, rounds, {"32": 100})
+    return compute.Measured(target_us, target_us, 10, 32, rounds, {"server": 205.0, "bare": 200.0}, {"32": 100})
 
 
 def test_compute_judges_each_model_by_its_own_share() -> None:

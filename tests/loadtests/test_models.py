@@ -65,7 +65,9 @@ def test_a_version_folder_appears_complete(tmp_path: Path) -> None:
 def test_bare_runtime_times_a_run(tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     onnx.save(models.mlp(), file)
-    assert 0 < run_seconds(session_of(str(file)), rows=4, seconds=0.01) < 1
+    wall, cpu = run_seconds(session_of(str(file)), rows=4, seconds=0.05)
+    assert 0 < wall < 1
+    assert 0 < cpu < 1
 
 
 @pytest.mark.parametrize(
