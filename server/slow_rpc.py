@@ -237,6 +237,7 @@ class SlowRpcs:
 
     def _serve_general(self, source: EventSource) -> None:
         while not self._stopping.is_set():
+            event = None  # The one before is let go of before the wait, and a load's files with it.
             with self._turn:
                 # Looked at again: this thread may have waited long for its turn.
                 event = None if self._stopping.is_set() else source.next_slow(Lane.GENERAL.value, WAIT_S)
@@ -257,6 +258,7 @@ class SlowRpcs:
     def _serve_patient(self) -> None:
         while (work := self._patient.get()) is not None:
             self._answer(*work)
+            del work  # As above.
 
     # -- unary ---------------------------------------------------------------------------------------------------------
 

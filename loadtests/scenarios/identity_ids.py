@@ -22,7 +22,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from loadtests import models, rig
 from loadtests.report import Goal, Result
-from loadtests.rig import INFER_PATH, Bench
+from loadtests.rig import INFER_PATH, Bench, BenchError
 from server.demo.exposition import Scrape
 from server.demo.process import ServeProcess
 
@@ -30,6 +30,7 @@ QUESTION = "Is every request answered once, with its own answer, while the model
 MODEL = "plus"
 SWAPS = 10
 REQUESTS = 100_000
+LEAST_REQUESTS = 1_000
 WIDTH = 16
 CHANNELS, IN_FLIGHT = 4, 64
 TIMEOUT_S = 30.0
@@ -81,9 +82,32 @@ def is_own(number: int, reply: pb.ModelInferResponse) -> bool:
     return bytes(reply.raw_output_contents[0]) == expected.tobytes()
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where a request stands among the swaps: so many have begun, and so many must be done before it is sent."""
+
+    swaps: int
+    swaps_done: int
+    starts_swap: bool  # it is the first since its last swap began
+
+
+def stage_of(number: int, count: int) -> Stage:
+    """The stage of request `number` of `count`.
+
+    The swaps begin at equal distances. In the first half of each distance the swap is under way; in the second it is
+    done, waited for if need be, so that every version answers some requests however long a swap takes.
+    """
+    swaps, half = divmod(2 * number * (SWAPS + 1) // count, 2)
+    is_under_way = swaps > 0 and half == 0
+    starts_swap = number > 0 and swaps > (number - 1) * (SWAPS + 1) // count
+    return Stage(swaps, swaps - is_under_way, starts_swap)
+
+
 def run(bench: Bench) -> Result:
     """Sends the requests and swaps the model at equal distances between them."""
     count = bench.options.get("count") or bench.count(REQUESTS, 5_000)
+    if count < LEAST_REQUESTS:
+        raise BenchError(f"--count {count}: at least {LEAST_REQUESTS} requests are needed around {SWAPS} swaps")
     repository = bench.folder / "models"
     models.put(repository, MODEL, models.plus(1, WIDTH), version="1")
     flags = ("--model-control-mode", "explicit", "--load-model", MODEL)
@@ -104,8 +128,8 @@ def successes_by_version(found: Scrape) -> dict[str, int]:
 async def _all(bench: Bench, server: ServeProcess, repository: Path, count: int) -> tuple[Outcome, list[float]]:
     outcome, swaps_s = Outcome(), []
     numbers = iter(range(count))
-    swap_at = {count * (swap + 1) // (SWAPS + 1): swap + 2 for swap in range(SWAPS)}  # request number -> version
-    swaps: asyncio.Queue[int | None] = asyncio.Queue()
+    swaps: asyncio.Queue[int] = asyncio.Queue()
+    is_swapped = [asyncio.Event() for _ in range(SWAPS)]
     # Channels of one process share a connection unless told otherwise.
     options = [("grpc.use_local_subchannel_pool", 1)]
     channels = [grpc.aio.insecure_channel(server.grpc_address, options=options) for _ in range(CHANNELS)]
@@ -115,8 +139,11 @@ async def _all(bench: Bench, server: ServeProcess, repository: Path, count: int)
 
     async def client(call: Any) -> None:
         for number in numbers:
-            if version := swap_at.get(number):
-                swaps.put_nowait(version)
+            stage = stage_of(number, count)
+            if stage.starts_swap:
+                swaps.put_nowait(stage.swaps)
+            if stage.swaps_done:
+                await is_swapped[stage.swaps_done - 1].wait()
             message = rig.request_message(MODEL, {"x": row_of(number)}, request_id(number))
             try:
                 reply = await call(message, timeout=TIMEOUT_S)
@@ -127,16 +154,23 @@ async def _all(bench: Bench, server: ServeProcess, repository: Path, count: int)
             outcome.take(number, reply)
 
     async def swapper() -> None:
-        while (version := await swaps.get()) is not None:
-            began = time.monotonic()
-            await asyncio.to_thread(_swap, server.grpc_address, repository, version)
-            swaps_s.append(time.monotonic() - began)
-            bench.say(f"version {version} serves after {swaps_s[-1]:.2f} s, {sum(outcome.versions.values())} answers")
+        try:
+            for _ in range(SWAPS):
+                swap = await swaps.get()
+                began = time.monotonic()
+                await asyncio.to_thread(_swap, server.grpc_address, repository, 1 + swap)
+                swaps_s.append(time.monotonic() - began)
+                answers = sum(outcome.versions.values())
+                bench.say(f"version {1 + swap} serves after {swaps_s[-1]:.2f} s, {answers} answers")
+                is_swapped[swap - 1].set()
+        finally:
+            # Nobody waits for a swap that has failed.
+            for event in is_swapped:
+                event.set()
 
     swapping = asyncio.create_task(swapper())
     try:
         await asyncio.gather(*(client(calls[worker % CHANNELS]) for worker in range(IN_FLIGHT)))
-        swaps.put_nowait(None)
         await swapping
     finally:
         swapping.cancel()

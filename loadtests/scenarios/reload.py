@@ -29,6 +29,7 @@ RELOADS = 1_000
 SETTLED_SHARE = 0.1
 MOST_GROWTH = 1.02
 LIVE = "tidegate_live_objects"
+REQUESTS_IN_USE = "tidegate_requests_live"
 CHECK_EVERY = 25
 
 
@@ -64,7 +65,7 @@ def run(bench: Bench) -> Result:
                 rss.append(_rss_when_freed(server, before, number if leaks else 0))
                 if number % max(1, count // 20) == 0:
                     bench.say(f"{number} reloads: {rss[-1] / 2**20:.1f} MiB, {np.median(took_s):.2f} s each")
-        after = _quiet(server)
+        after = _quiet(server, before)
     return judge(rss, took_s, live_by_kind(before), live_by_kind(after), os.path.getsize(files[0]))
 
 
@@ -88,20 +89,28 @@ def _check(server: ServeProcess, x: npt.NDArray[Any], expected: Sequence[npt.NDA
 
 
 def live_by_kind(found: Scrape) -> dict[str, int]:
-    """Live native objects by kind. Raises BenchError when the server does not tell."""
+    """Live native objects by kind. Raises BenchError when the server does not tell.
+
+    Requests are kept for the next ones, so what counts is how many of them are in use.
+    """
     series = found.matching(LIVE)
     if not series:
         raise BenchError(f"/metrics has no {LIVE}")
-    return {one.labels["kind"]: int(one.value) for one in series}
+    by_kind = {one.labels["kind"]: int(one.value) for one in series}
+    return {**by_kind, "request": int(rig.needed(found, REQUESTS_IN_USE))}
 
 
-def _quiet(server: ServeProcess, timeout_s: float = 20.0) -> Scrape:
-    """A reading once two in a row show the same live objects: what was replaced is freed in the background."""
+def _quiet(server: ServeProcess, wanted: Scrape | None = None, timeout_s: float = 10.0) -> Scrape:
+    """A reading once the live objects are as in `wanted`, without one once they are alike twice in a row.
+
+    What was replaced is freed in the background; what is still there at the timeout is left over.
+    """
     until = time.monotonic() + timeout_s
-    last: dict[str, int] = {}
+    last = live_by_kind(wanted) if wanted is not None else {}
     now = rig.scrape(server)
     while live_by_kind(now) != last and time.monotonic() < until:
-        last = live_by_kind(now)
+        if wanted is None:
+            last = live_by_kind(now)
         time.sleep(0.2)
         now = rig.scrape(server)
     return now

@@ -207,6 +207,15 @@ def answered(count: int = 110) -> identity_ids.Outcome:
     return outcome
 
 
+def test_swaps_begin_at_equal_distances_and_are_waited_for_in_the_second_half() -> None:
+    stages = [identity_ids.stage_of(number, 1100) for number in range(1100)]
+    assert [number for number, stage in enumerate(stages) if stage.starts_swap] == list(range(100, 1100, 100))
+    for number, stage in enumerate(stages):
+        assert stage.swaps == number // 100
+        is_under_way = number >= 100 and number % 100 < 50
+        assert stage.swaps_done == stage.swaps - is_under_way
+
+
 SWAPS_S = [0.1] * 10
 COUNTED = {str(version): 10 for version in range(1, 12)}
 
@@ -320,8 +329,10 @@ def test_reload_notices_growth_and_each_object_left_over() -> None:
 
 
 def test_reload_reads_live_objects_and_does_not_take_silence_for_none() -> None:
-    found = samples_of('tidegate_live_objects{kind="session"} 2\ntidegate_live_objects{kind="request"} 0')
-    assert reload.live_by_kind(found) == {"session": 2, "request": 0}
+    kinds = 'tidegate_live_objects{kind="session"} 2\ntidegate_live_objects{kind="request"} 9\n'
+    assert reload.live_by_kind(samples_of(f"{kinds}tidegate_requests_live 1")) == {"session": 2, "request": 1}
+    with pytest.raises(BenchError, match="tidegate_requests_live"):
+        reload.live_by_kind(samples_of(kinds))
     with pytest.raises(BenchError, match="tidegate_live_objects"):
         reload.live_by_kind(samples_of("other 1"))
 
