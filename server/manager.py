@@ -284,6 +284,7 @@ class Manager:
         self._files: dict[Placement, _Files] = {}
         self._retiring: dict[Future[bool], str] = {}  # -> the model's name
         self._close_by: float | None = None  # set once closing
+        self._was_forced_at_close = False  # a version that close() freed was still running something
 
         self._startup_done = False
         self._polling: threading.Thread | None = None
@@ -531,8 +532,8 @@ class Manager:
                 is_clean = is_clean and is_held
         with self._state_lock:
             retiring = list(self._retiring)
-        ended, late = wait(retiring, max(0.0, close_by - self._clock()) + _FORCED_END_S)
-        is_clean = is_clean and not late and all(future.exception() is None and future.result() for future in ended)
+        _, late = wait(retiring, max(0.0, close_by - self._clock()) + _FORCED_END_S)
+        is_clean = is_clean and not late and not self._was_forced_at_close
         if self._polling is not None:
             self._polling.join(0.0 if not is_clean else None)
         self._loads.shutdown(wait=is_clean, cancel_futures=True)
@@ -933,6 +934,7 @@ class Manager:
         try:
             is_clean = self._loader.unload(native, timeout_s)
             if not is_clean:
+                self._was_forced_at_close = self._was_forced_at_close or self._close_by is not None
                 _LOG.warning(
                     "model %s version %s: what it still ran after %.1f s was ended by force",
                     name,
@@ -941,6 +943,7 @@ class Manager:
                     extra=extra,
                 )
         except Exception:
+            self._was_forced_at_close = self._was_forced_at_close or self._close_by is not None
             _LOG.exception("model %s version %s could not be freed", name, version, extra=extra)
         placement.move(Event.DRAINED, _UNLOADED)
         self.ledger.close(name, version, native)
