@@ -96,4 +96,9 @@ struct Call : TimerNode {
   void Clear() { *this = Call(); }
 };
 
+// Whether the error of a request travels as a message of its stream and leaves the stream open.
+inline bool IsInBand(const Call& call, Reason reason) {
+  return call.method == Method::kStreamInfer && !call.triton_grpc_error && reason != Reason::kMalformedMessage;
+}
+
 }  // namespace tidegate

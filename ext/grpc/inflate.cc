@@ -11,7 +11,8 @@ Status Inflate(std::span<const std::byte> message, size_t limit_bytes, std::vect
   out->clear();
   z_stream stream{};
   // 15 + 32: the largest window, gzip or zlib found out from the header.
-  if (inflateInit2(&stream, 15 + 32) != Z_OK) return Status::Error(Reason::kInternal, "no memory to decompress a message");
+  if (inflateInit2(&stream, 15 + 32) != Z_OK)
+    return Status::Error(Reason::kInternal, "no memory to decompress a message");
   stream.next_in = reinterpret_cast<Bytef*>(const_cast<std::byte*>(message.data()));
   stream.avail_in = static_cast<uInt>(message.size());
   int result = Z_OK;

@@ -4,8 +4,9 @@
 // Owner      IoThread, by slot. A connection that has to go is marked dead and destroyed at the end of the round, never
 //            inside a callback of its own session.
 // Bounds     Frames made ahead of the socket: kOutputChunkBytes. Unsent output above kOutputPauseBytes stops reading.
-// Calls:
-//            max_streams. Bodies and answers: the node's byte budget.
+//            Calls: max_streams. Bodies and answers: the node's byte budget.
+// Files      connection.cc: socket, session, time. connection_requests.cc: the way in. connection_answers.cc: the way
+// out.
 #pragma once
 
 #include <nghttp2/nghttp2.h>

@@ -46,8 +46,7 @@ Status Listen(const std::string& host, uint16_t* port, int* fd) {
     close(socket_fd);
   }
   freeaddrinfo(found);
-  return Status::Error(Reason::kInternal,
-                       "cannot listen on " + host + " port " + std::to_string(*port) + ": " + why);
+  return Status::Error(Reason::kInternal, "cannot listen on " + host + " port " + std::to_string(*port) + ": " + why);
 }
 
 // Whether another process is listening there: SO_REUSEPORT would silently share its connections.

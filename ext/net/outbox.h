@@ -3,7 +3,8 @@
 // Threads    Post*: any. Drain*: the I/O thread that owns it.
 // Owner      A request in the outbox belongs to the outbox; Drain hands it to the I/O thread.
 // Lock       mutex_, rank kOutbox: held for a splice only.
-// Waking     One eventfd write at most between two drains, and none while the I/O thread is awake: it looks at has_mail_
+// Waking     One eventfd write at most between two drains, and none while the I/O thread is awake: it looks at
+// has_mail_
 //            after it has announced that it is about to wait, and a poster looks at that announcement after it has set
 //            has_mail_ (both sequentially consistent), so one of the two always sees the other.
 #pragma once
@@ -31,11 +32,11 @@ struct Mail {
   enum class Kind : uint8_t { kMessage, kFinish, kCommand };
   Kind kind = Kind::kMessage;
   StreamRef stream;
-  std::vector<std::byte> message;  // kMessage: one gRPC message, 5-byte prefix included
-  int grpc_status = 0;             // kFinish
-  std::string grpc_message;        // kFinish
+  std::vector<std::byte> message;                             // kMessage: one gRPC message, 5-byte prefix included
+  int grpc_status = 0;                                        // kFinish
+  std::string grpc_message;                                   // kFinish
   std::vector<std::pair<std::string, std::string>> trailers;  // kFinish
-  int command = 0;                 // kCommand: IoThread::Command
+  int command = 0;                                            // kCommand: IoThread::Command
 };
 
 class Outbox {

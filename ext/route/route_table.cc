@@ -69,7 +69,8 @@ Status RouteTable::NotFound(const Entry& entry, std::string_view version_text) {
 Status RouteTable::Resolve(std::string_view model, std::string_view version_text, Version** version) const {
   const auto at = by_name_.find(model);
   if (at == by_name_.end()) {
-    return Status::Error(Reason::kModelNotFound, "unknown model " + Quoted(model) + "; RepositoryIndex lists what is here");
+    return Status::Error(Reason::kModelNotFound,
+                         "unknown model " + Quoted(model) + "; RepositoryIndex lists what is here");
   }
   const Entry& entry = at->second;
   const VersionRoute* route = nullptr;

@@ -1,7 +1,7 @@
 // Which version answers a request: (model name, version text) -> version, or a refusal that says what is live.
 //
-// Owner      Immutable once built. The front end swaps the pointer and frees the old table when no I/O thread can see it.
-// Threads    Any number of readers without a lock.
+// Owner      Immutable once built. The front end swaps the pointer and frees the old table when no I/O thread can see
+// it. Threads    Any number of readers without a lock.
 #pragma once
 
 #include <memory>
@@ -26,7 +26,7 @@ struct VersionRoute {
 struct ModelRoute {
   std::string name;
   std::vector<VersionRoute> versions;
-  std::string default_version;  // what an empty model_version means; "": nothing is READY
+  std::string default_version;                               // what an empty model_version means; "": nothing is READY
   std::vector<std::pair<std::string, std::string>> aliases;  // alias -> version text
 };
 

@@ -1,5 +1,5 @@
-// Semantic versions and ranges, pure. tests/data/versions.json is the table of comparisons that this and the Python side
-// (server/versions.py) are both run on.
+// Semantic versions and ranges, pure. tests/data/versions.json is the table of comparisons that this and the Python
+// side (server/versions.py) are both run on.
 //
 // A version is MAJOR[.MINOR[.PATCH]][-PRERELEASE][+BUILD]; missing numbers are 0, so that a folder `3` counts as 3.0.0.
 // Precedence is semver.org 2.0.0 section 11 (build metadata does not count).

@@ -1,6 +1,7 @@
 // What the counters of one version add up to when somebody asks.
 //
-// Threads    Any, at any time until the version's owner lets it go: shards are written by relaxed stores, so a sum is of
+// Threads    Any, at any time until the version's owner lets it go: shards are written by relaxed stores, so a sum is
+// of
 //            one moment per counter, not one moment for all.
 #pragma once
 
@@ -51,7 +52,7 @@ struct VersionTotals {
   uint64_t compute_infer_ns = 0;
   uint64_t compute_output_ns = 0;
   std::vector<uint64_t> reasons = std::vector<uint64_t>(kReasonCount);  // failures by Reason
-  uint64_t waiting = 0;  // in the queue now
+  uint64_t waiting = 0;                                                 // in the queue now
   HistogramTotals request_duration{kDurationBoundsNs};
   HistogramTotals queue_duration{kDurationBoundsNs};
   // Of batches.

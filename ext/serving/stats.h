@@ -1,6 +1,7 @@
 // Counters of one version: a shard per writing thread, summed when somebody asks.
 //
-// Threads    Each shard has one writer (an I/O thread, or an executor); any thread may read. Writes are a relaxed load and
+// Threads    Each shard has one writer (an I/O thread, or an executor); any thread may read. Writes are a relaxed load
+// and
 //            store, never a locked instruction.
 #pragma once
 
@@ -26,8 +27,9 @@ class Counter {
 
 // Round bounds that an operator would choose; a request usually takes 100 us to 100 ms.
 inline constexpr std::array<int64_t, 17> kDurationBoundsNs = {
-    50'000,     100'000,     250'000,     500'000,     1'000'000,     2'500'000,     5'000'000,     10'000'000,    25'000'000,
-    50'000'000, 100'000'000, 250'000'000, 500'000'000, 1'000'000'000, 2'500'000'000, 5'000'000'000, 10'000'000'000};
+    50'000,      100'000,       250'000,       500'000,       1'000'000,     2'500'000,
+    5'000'000,   10'000'000,    25'000'000,    50'000'000,    100'000'000,   250'000'000,
+    500'000'000, 1'000'000'000, 2'500'000'000, 5'000'000'000, 10'000'000'000};
 inline constexpr std::array<int64_t, 11> kRowsBounds = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024};
 
 template <size_t kBounds>

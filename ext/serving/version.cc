@@ -21,7 +21,10 @@ namespace tidegate {
 class Version::Executor {
  public:
   Executor(Version& version, uint32_t index)
-      : version_(version), index_(index), instance_(*version.instances_[index]), shard_(*version.executor_shards_[index]) {}
+      : version_(version),
+        index_(index),
+        instance_(*version.instances_[index]),
+        shard_(*version.executor_shards_[index]) {}
 
   void Start() {
     thread_ = std::thread([this] { Main(); });
@@ -160,8 +163,8 @@ class Version::Executor {
   Instance& instance_;
   ExecutorShard& shard_;
   std::vector<std::pair<Outbox*, RequestList>> done_;  // one entry per I/O thread met so far
-  std::vector<Request*> finished_;  // preserve_ordering: finished and not yet released
-  std::vector<Request*> ready_;     // of those and others: whose turn it is
+  std::vector<Request*> finished_;                     // preserve_ordering: finished and not yet released
+  std::vector<Request*> ready_;                        // of those and others: whose turn it is
   std::atomic<bool> ended_{false};
   std::thread thread_;
 };

@@ -1,8 +1,10 @@
 // One loaded version of a model: what it promises, what waits for it, the executors that run it.
 //
-// Threads    Start, WarmUp, Retire: the Python thread that manages it, one at a time. The request path (queue, shards) as
+// Threads    Start, WarmUp, Retire: the Python thread that manages it, one at a time. The request path (queue, shards)
+// as
 //            their own heads say.
-// Owner      shared_ptr: the managing thread and each route table that names it. Requests point to it without owning it;
+// Owner      shared_ptr: the managing thread and each route table that names it. Requests point to it without owning
+// it;
 //            Retire proves that none is left before anything is freed.
 // Life       constructed -> WarmUp* -> Start -> (published, serves) -> unpublished -> Retire -> closed.
 // Invariants (1) A request in the queue or on an executor is counted accepted and not finalized by its I/O thread.

@@ -1,5 +1,5 @@
-// TIDEGATE_DCHECK(condition, "what must hold"): an invariant, checked in debug builds (no NDEBUG, or TIDEGATE_DEBUG set)
-// and free in others. It ends the process: a broken invariant of the request path has no honest answer.
+// TIDEGATE_DCHECK(condition, "what must hold"): an invariant, checked in debug builds (no NDEBUG, or TIDEGATE_DEBUG
+// set) and free in others. It ends the process: a broken invariant of the request path has no honest answer.
 #pragma once
 
 #if !defined(NDEBUG) || defined(TIDEGATE_DEBUG)

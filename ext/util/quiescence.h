@@ -1,8 +1,8 @@
 // How a publisher knows that no I/O thread can still see what it took away.
 //
-// Each I/O thread is either running a round (odd count) or waiting for events (even count). It loads shared pointers only
-// while it runs and keeps none across a wait. So whoever has unpublished a pointer may free what it pointed to once every
-// thread has been seen waiting, or has finished the round it was in.
+// Each I/O thread is either running a round (odd count) or waiting for events (even count). It loads shared pointers
+// only while it runs and keeps none across a wait. So whoever has unpublished a pointer may free what it pointed to
+// once every thread has been seen waiting, or has finished the round it was in.
 #pragma once
 
 #include <time.h>

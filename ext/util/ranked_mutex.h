@@ -1,8 +1,8 @@
 // A std::mutex that knows its place in LockRank. In debug builds every lock is checked against those that the thread
 // holds already; otherwise it is a std::mutex and nothing else.
 //
-// RankedLock is the way to hold it. It gives out the std::unique_lock for condition variables: a thread that waits there
-// still counts as holding the rank, which harms nobody since it takes no other lock while it sleeps.
+// RankedLock is the way to hold it. It gives out the std::unique_lock for condition variables: a thread that waits
+// there still counts as holding the rank, which harms nobody since it takes no other lock while it sleeps.
 #pragma once
 
 #include <mutex>
