@@ -68,9 +68,9 @@ class Bench:
         return quick if self.quick else usual
 
 
-def pinned(core: int | None) -> list[str]:
-    """The words that put a command on one core; none for no core."""
-    return [] if core is None else ["taskset", "-c", str(core)]
+def pinned(*cores: int) -> list[str]:
+    """The words that put a command on these cores; none for no core."""
+    return ["taskset", "-c", ",".join(map(str, cores))] if cores else []
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -144,9 +144,9 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def serve(repository: Path, log: Path, *flags: str) -> ServeProcess:
-    """A `tidegate serve` on the server's core, not started yet; quiet, so that logging is no part of a figure."""
-    return ServeProcess(repository, log, flags=["--log-level", "warning", *flags], prefix=pinned(SERVER_CORE))
+def serve(repository: Path, log: Path, *flags: str, cores: Sequence[int] = (SERVER_CORE,)) -> ServeProcess:
+    """A `tidegate serve`, not started yet; quiet, so that logging is no part of a figure."""
+    return ServeProcess(repository, log, flags=["--log-level", "warning", *flags], prefix=pinned(*cores))
 
 
 @contextlib.contextmanager
@@ -483,7 +483,14 @@ def open_loop_command(
     port: int, body: Path, *, rate: float, seconds: float, core: int | None = CLIENT_CORE, **flags: Any
 ) -> list[str]:
     """The command line of a run; `flags` are open_loop's own, e.g. timeout_us=50_000, cancel=True."""
-    command = [*pinned(core), str(open_loop_binary()), "--port", str(port), "--body", str(body)]
+    command = [
+        *pinned(*(() if core is None else (core,))),
+        str(open_loop_binary()),
+        "--port",
+        str(port),
+        "--body",
+        str(body),
+    ]
     command += ["--rate", f"{rate:.3f}", "--duration", f"{seconds:g}"]
     for name, value in flags.items():
         if value is True:

@@ -121,7 +121,7 @@ def overload_round(**at_10x: Any) -> dict[str, Any]:
 
 
 def test_overload_is_met_by_a_server_that_refuses_in_time() -> None:
-    assert missed(overload.judge(4000.0, [overload_round()])) == []
+    assert missed(overload.judge(4000.0, {"two cores": [overload_round()]})) == []
 
 
 @pytest.mark.parametrize(
@@ -136,11 +136,20 @@ def test_overload_is_met_by_a_server_that_refuses_in_time() -> None:
     ],
 )
 def test_overload_notices(at_10x: dict[str, Any], expected: str) -> None:
-    assert missed(overload.judge(4000.0, [overload_round(**at_10x)])) == [expected]
+    assert missed(overload.judge(4000.0, {"two cores": [overload_round(**at_10x)]})) == [expected]
+
+
+def test_overload_shows_one_core_and_judges_two() -> None:
+    rounds = {"two cores": [overload_round()], "one core": [overload_round(in_deadline=600)]}
+    result = overload.judge(4000.0, rounds)
+    assert missed(result) == []
+    assert result.figures["one core"]["10x"]["goodput"]["median"] == 0.6
 
 
 def test_overload_wants_a_batch_of_two_ms() -> None:
-    assert missed(overload.judge(1900.0, [overload_round()])) == ["ms that a full batch runs, by bare ONNX Runtime"]
+    assert missed(overload.judge(1900.0, {"two cores": [overload_round()]})) == [
+        "ms that a full batch runs, by bare ONNX Runtime"
+    ]
 
 
 # -- disturb -----------------------------------------------------------------------------------------------------------

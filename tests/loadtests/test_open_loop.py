@@ -175,7 +175,7 @@ def test_a_wrong_flag_is_named(body: Path, flags: dict[str, Any], message: str) 
 
 def test_a_run_that_fails_says_why(body: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rig, "CLIENT_CORE", None)
-    monkeypatch.setattr(rig, "pinned", lambda core: [])
+    monkeypatch.setattr(rig, "pinned", lambda *_: [])
     with pytest.raises(BenchError, match="Connection refused"):
         rig.open_loop(rig.free_port(), body, rate=10, seconds=0.1)
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """These are about counts, so they need no cores of their own."""
-    monkeypatch.setattr(rig, "pinned", lambda _: [])
+    monkeypatch.setattr(rig, "pinned", lambda *_: [])
 
 
 def missed(result: Result) -> list[str]:
