@@ -16,6 +16,7 @@
 #include "net/frontend.h"
 #include "serving/version.h"
 #include "util/clock.h"
+#include "util/scheduling.h"
 
 namespace tidegate {
 namespace {
@@ -116,6 +117,7 @@ int IoThread::WaitMs() const {
 
 void IoThread::Main() {
   pthread_setname_np(pthread_self(), ("io-" + std::to_string(index_)).c_str());
+  AskForSlices(kIoSliceNs);
   epoll_event events[kEventsPerRound];
   Quiescence& quiescence = outbox_->quiescence();
   now_ns_ = NowNs();

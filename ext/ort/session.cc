@@ -1,9 +1,6 @@
 #include "ort/session.h"
 
 #include <malloc.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <condition_variable>
@@ -12,6 +9,8 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+
+#include "util/scheduling.h"
 
 namespace tidegate {
 
@@ -183,7 +182,7 @@ Status Session::Create(const std::string& path, SessionSettings settings, std::s
   std::thread loader;
   try {
     loader = std::thread([&] {
-      setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), 19);
+      TakeLowestPriority();
       try {
         status = session->Load(path);
       } catch (const std::exception& error) {

@@ -2,9 +2,6 @@
 
 #include <malloc.h>
 #include <pthread.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <condition_variable>
@@ -14,6 +11,7 @@
 #include "infer/refusal.h"
 #include "net/outbox.h"
 #include "util/clock.h"
+#include "util/scheduling.h"
 
 namespace tidegate {
 
@@ -38,6 +36,7 @@ class Version::Executor {
   void Main() {
     const std::string name = "exec-" + version_.spec_.name;
     pthread_setname_np(pthread_self(), name.substr(0, 15).c_str());
+    AskForSlices(kExecutorSliceNs);
     Batch batch;
     while (version_.queue_.Take(index_, &batch)) {
       for (Request* request : batch.dropped) HandBack(request);
@@ -216,7 +215,7 @@ Status Version::WarmUp(const WarmupBatch& batch) {
   Request* const requests[] = {&request};
   // Its own thread, so that the low priority ends with it.
   std::thread([&] {
-    setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), 19);
+    TakeLowestPriority();
     for (const auto& instance : instances_) {
       for (uint32_t i = 0; i < batch.count && status.ok(); ++i) {
         RunTimes times;
