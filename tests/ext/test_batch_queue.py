@@ -273,6 +273,16 @@ def test_without_levels_priorities_mean_nothing() -> None:
     assert [run(queue)[0] for _ in ids] == ids
 
 
+def test_who_comes_with_an_older_clock_does_not_get_ahead() -> None:
+    # I/O threads read the clock before they wait for the lock: what comes later may carry an earlier time.
+    queue = a_queue(priority_levels=2, default_priority_level=1, priority_aging_us=100)
+    (other,) = push(queue, native.Arrival(shape=1), at=START + 20 * US)
+    (high,) = push(queue, native.Arrival(priority=1), at=START)
+    (low,) = push(queue, native.Arrival(priority=2), at=START + 10 * US)
+    assert run(queue, START + 300 * US) == [other]
+    assert run(queue, START + 300 * US) == [high, low]
+
+
 @pytest.mark.parametrize(("aging_us", "served_after"), [(100_000, 100), (10_000, 10), (0, None)])
 def test_a_low_level_is_served_at_last_unless_aging_is_off(aging_us: int, served_after: int | None) -> None:
     queue = a_queue(max_batch_rows=1, priority_levels=2, default_priority_level=1, priority_aging_us=aging_us)
