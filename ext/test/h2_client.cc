@@ -203,8 +203,8 @@ int H2Client::OnFrameSend(nghttp2_session*, const nghttp2_frame* frame, void* se
   return 0;
 }
 
-bool H2Client::Unprocessed(const ClientStream& stream) const {
-  return !stream.sent || stream.error_code == NGHTTP2_REFUSED_STREAM || (goaway_ && stream.id > goaway_last_id_);
+bool H2Client::TurnedAway(const ClientStream& stream) const {
+  return stream.error_code == NGHTTP2_REFUSED_STREAM || (goaway_ && stream.id > goaway_last_id_);
 }
 
 std::string H2Client::TakeOutput() {

@@ -100,7 +100,7 @@ class H2Client {
   bool goaway() const { return goaway_; }
   uint32_t goaway_error() const { return goaway_error_; }
   // Whether the server has promised that it did nothing for this call.
-  bool Unprocessed(const ClientStream& stream) const;
+  bool TurnedAway(const ClientStream& stream) const;
   // Whether the server has said anything: it has not taken the connection before.
   bool heard() const { return heard_; }
   size_t n_open() const { return n_open_; }

@@ -63,6 +63,7 @@ struct InferMessage {
   std::string id;
   std::vector<int64_t> shape;  // of the one tensor, "x" in requests and "y" in answers
   std::string data;
+  uint64_t priority = 0;  // 0: not sent
 
   std::string Encode() const {
     using namespace wire_internal;
@@ -76,6 +77,15 @@ struct InferMessage {
     PutField(&message, 1, model);
     if (!version.empty()) PutField(&message, 2, version);
     if (!id.empty()) PutField(&message, 3, id);
+    if (priority != 0) {
+      std::string value;
+      PutVarint(&value, 5 << 3);  // uint64_param
+      PutVarint(&value, priority);
+      std::string entry;
+      PutField(&entry, 1, "priority");
+      PutField(&entry, 2, value);
+      PutField(&message, 4, entry);
+    }
     PutField(&message, 5, tensor);
     PutField(&message, 7, data);
     return message;

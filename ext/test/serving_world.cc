@@ -27,6 +27,8 @@ Loaded Load(const std::string& model, const std::string& version, const LoadOpti
   batching.max_batch_rows = options.max_batch_rows;
   batching.dynamic_batching = options.dynamic_batching;
   batching.preserve_ordering = options.preserve_ordering;
+  batching.priority_levels = options.priority_levels;
+  batching.default_priority_level = options.priority_levels;
   batching.default_policy.max_queue_size = options.max_queue_size;
   loaded.version = std::make_shared<Version>(spec, batching, std::move(instances));
   loaded.version->Start();

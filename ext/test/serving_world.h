@@ -56,6 +56,7 @@ struct LoadOptions {
   uint32_t max_batch_rows = 64;
   bool dynamic_batching = true;
   bool preserve_ordering = false;
+  uint32_t priority_levels = 0;
   uint32_t max_queue_size = 0;
 };
 

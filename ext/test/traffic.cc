@@ -218,8 +218,10 @@ class Client {
       Fail(__FILE__, __LINE__, "grpc-status " + std::to_string(status) + ": " + stream.Header("grpc-message"));
     } else if (call.cancelled) {
       ++tally_.cancelled;
-    } else if (client.Unprocessed(stream) || (traffic_.may_go && stream.lost && !client.heard())) {
-      ++tally_.unprocessed;
+    } else if (!stream.sent || (traffic_.may_go && stream.lost && !client.heard())) {
+      ++tally_.unsent;
+    } else if (client.TurnedAway(stream)) {
+      ++tally_.turned_away;
     } else {
       if (!traffic_.may_be_lost) {
         Fail(__FILE__, __LINE__,
@@ -250,7 +252,8 @@ void Tally::Add(const Tally& other) {
   late += other.late;
   refused += other.refused;
   cancelled += other.cancelled;
-  unprocessed += other.unprocessed;
+  unsent += other.unsent;
+  turned_away += other.turned_away;
   lost += other.lost;
   messages += other.messages;
 }
@@ -258,9 +261,9 @@ void Tally::Add(const Tally& other) {
 Tally RunTraffic(uint16_t port, const Traffic& traffic, uint32_t thread, const std::atomic<bool>* stop) {
   Client client(port, traffic, thread);
   const Tally tally = client.Run(stop);
-  CHECK_EQ(
-      tally.answered + tally.failed + tally.late + tally.refused + tally.cancelled + tally.unprocessed + tally.lost,
-      tally.calls);
+  CHECK_EQ(tally.answered + tally.failed + tally.late + tally.refused + tally.cancelled + tally.unsent +
+               tally.turned_away + tally.lost,
+           tally.calls);
   return tally;
 }
 

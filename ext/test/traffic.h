@@ -41,7 +41,8 @@ struct Tally {
   uint64_t late = 0;         // DEADLINE_EXCEEDED
   uint64_t refused = 0;      // RESOURCE_EXHAUSTED
   uint64_t cancelled = 0;    // by us
-  uint64_t unprocessed = 0;  // the server said that it did nothing for it (GOAWAY)
+  uint64_t unsent = 0;       // the server went, or said that it would go, before it heard of it
+  uint64_t turned_away = 0;  // the server said that it did nothing for it
   uint64_t lost = 0;
   uint64_t messages = 0;  // inferences answered, those of streams too
 

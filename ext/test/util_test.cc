@@ -564,6 +564,43 @@ TIDEGATE_TEST(an_outbox_wakes_a_thread_that_sleeps_for_every_mail) {
   alarm(0);
 }
 
+TIDEGATE_TEST(a_wake_is_not_lost_at_the_moment_of_falling_asleep) {
+  alarm(60);
+  constexpr uint64_t kMails = 30'000;
+  Outbox outbox;
+  std::atomic<uint64_t> taken{0};
+  // Every mail is posted about when the reader announces that it is going to sleep.
+  const auto spin = [](Random& random) {
+    for (uint64_t left = random.Below(60); left > 0; --left) std::atomic_signal_fence(std::memory_order_seq_cst);
+  };
+  std::thread poster([&] {
+    Random random(1);
+    for (uint64_t i = 0; i < kMails; ++i) {
+      while (taken.load() < i) {
+      }
+      spin(random);
+      outbox.PostMail({});
+    }
+  });
+  std::vector<Mail> mail;
+  Random random(2);
+  while (taken.load() < kMails) {
+    pollfd waiting{outbox.event_fd(), POLLIN, 0};
+    poll(&waiting, 1, outbox.has_mail() ? 0 : -1);
+    outbox.quiescence().BeginRound();
+    if (waiting.revents & POLLIN) outbox.ClearWake();
+    if (outbox.has_mail()) {
+      RequestList done;
+      outbox.Drain(&done, &mail);
+      taken.fetch_add(mail.size());
+      spin(random);
+    }
+    outbox.quiescence().EndRound();
+  }
+  poster.join();
+  alarm(0);
+}
+
 TIDEGATE_TEST(a_lane_of_slow_calls_is_bounded_and_tells_the_end) {
   SlowQueue lane;
   for (size_t i = 0; i < SlowQueue::kMostWaiting; ++i) CHECK(lane.Push({}));
