@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from server import host
@@ -57,14 +58,21 @@ def _escaped(text: str) -> str:
     return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
+# A scrape takes the core from requests, and a good part of it would go into the same few hundred names each time.
+# Room for some 60 versions.
+@lru_cache(maxsize=8192)
+def _series(name: str, suffix: str, labels: Labels) -> str:
+    inside = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels)
+    return f"{name}{suffix}{{{inside}}}" if inside else f"{name}{suffix}"
+
+
 def exposition(families: Iterable[Family]) -> str:
     """The text format 0.0.4."""
     lines: list[str] = []
     for family in families:
         lines += (f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}")
         for labels, value, suffix in family.samples:
-            inside = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels)
-            lines.append(f"{family.name}{suffix}{'{' + inside + '}' if inside else ''} {number(value)}")
+            lines.append(f"{_series(family.name, suffix, labels)} {value if type(value) is int else number(value)}")
     return "\n".join(lines) + "\n"
 
 
