@@ -560,7 +560,10 @@ TIDEGATE_TEST(an_outbox_wakes_a_thread_that_sleeps_for_every_mail) {
     acknowledged.store(n);
   }
   for (std::thread& poster : posters) poster.join();
-  CHECK(!outbox.has_mail());
+  // It may say so once too often, of mail that was taken with another's, but nothing is left.
+  RequestList none;
+  outbox.Drain(&none, &mail);
+  CHECK(none.empty() && mail.empty());
   alarm(0);
 }
 
