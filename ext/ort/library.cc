@@ -207,8 +207,8 @@ Status Library::Open(const std::string& path, bool record_calls) {
 
 Status Library::Load(const std::string& path, bool record_calls) {
   // From this size on a block is a mapping of its own, which goes back to the system when it is freed. glibc raises the
-  // threshold to whatever was freed last, up to 32 MiB; then weights lie between small blocks of everybody, and one that
-  // stays keeps tens of megabytes. A message above it costs a mapping; pooled buffers are no larger anyway.
+  // threshold to whatever was freed last, up to 32 MiB; then weights lie between small blocks of everybody, and one
+  // that stays keeps tens of megabytes. A message above it costs a mapping; pooled buffers are no larger anyway.
   mallopt(M_MMAP_THRESHOLD, 4 << 20);
   // Local: other extension modules of the interpreter must not resolve their symbols against it.
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
