@@ -71,6 +71,7 @@ std::vector<std::string> ClientStream::Messages() const {
 int64_t H2Client::NowMs() { return NowNs() / 1'000'000; }
 
 H2Client::H2Client(uint16_t port, ClientOptions options) : fd_(ConnectTo(port)) {
+  if (fd_ >= 0) ++n_connected_;
   nghttp2_session_callbacks* callbacks = nullptr;
   nghttp2_session_callbacks_new(&callbacks);
   nghttp2_session_callbacks_set_on_header_callback(callbacks, OnHeader);
@@ -89,8 +90,8 @@ H2Client::H2Client(uint16_t port, ClientOptions options) : fd_(ConnectTo(port)) 
 }
 
 H2Client::~H2Client() {
+  End();
   nghttp2_session_del(session_);
-  if (fd_ >= 0) close(fd_);
 }
 
 ClientStream* H2Client::Open(std::string_view path, const Headers& extra) {
@@ -274,6 +275,7 @@ void H2Client::End() {
   if (fd_ < 0) return;
   close(fd_);
   fd_ = -1;
+  --n_connected_;
   for (const auto& [id, stream] : streams_) {
     if (stream->closed) continue;
     stream->closed = true;

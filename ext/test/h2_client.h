@@ -6,6 +6,7 @@
 
 #include <nghttp2/nghttp2.h>
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -58,6 +59,8 @@ class H2Client {
 
   // False: refused.
   bool connected() const { return fd_ >= 0; }
+  // How many clients of this process are connected now.
+  static int n_connected() { return n_connected_.load(); }
 
   // Submits a POST with gRPC's headers and `extra`; what it sends leaves with the next Pump. The stream lives until
   // Forget, or as long as the client.
@@ -122,6 +125,7 @@ class H2Client {
   void Read();
   void End();
 
+  static inline std::atomic<int> n_connected_{0};
   nghttp2_session* session_ = nullptr;
   int fd_ = -1;
   std::string out_;

@@ -205,7 +205,7 @@ class Client {
       CHECK_EQ(answers.size(), call.messages.size());
       ++tally_.answered;
     } else if (status == 4) {
-      CHECK(call.timed);
+      CHECK(call.timed || traffic_.may_be_refused);
       ++tally_.late;
     } else if (status == 8) {
       CHECK(traffic_.may_be_refused || call.timed);
@@ -218,6 +218,8 @@ class Client {
       Fail(__FILE__, __LINE__, "grpc-status " + std::to_string(status) + ": " + stream.Header("grpc-message"));
     } else if (call.cancelled) {
       ++tally_.cancelled;
+    } else if (traffic_.may_be_refused && stream.error_code == NGHTTP2_CANCEL) {
+      ++tally_.late;
     } else if (!stream.sent || (traffic_.may_go && stream.lost && !client.heard())) {
       ++tally_.unsent;
     } else if (client.TurnedAway(stream)) {

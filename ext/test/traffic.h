@@ -25,9 +25,10 @@ struct Traffic {
   uint32_t abort_one_in = 0;     // the whole connection is cut at a random moment, by FIN or RST
   uint32_t deadline_one_in = 0;  // a grpc-timeout of 0 to 20 ms
   uint32_t bad_one_in = 0;       // the message's first byte is kBadByte, which a "fail-on" model refuses
-  bool may_be_refused = false;   // RESOURCE_EXHAUSTED is an answer
-  bool may_go = false;           // the server may be found gone, or go before it has taken a connection
-  bool may_be_lost = false;      // the server may close under a call
+  // The server may be short of bytes or places: RESOURCE_EXHAUSTED is an answer, and who is slow then is cut off.
+  bool may_be_refused = false;
+  bool may_go = false;       // the server may be found gone, or go before it has taken a connection
+  bool may_be_lost = false;  // the server may close under a call
 };
 
 // No other message begins with it.
