@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server import host
-from server.gpus import Gpus
+from server.gpus import Gpu, Gpus
 
 
 @pytest.fixture
@@ -71,3 +72,67 @@ def test_this_machine() -> None:
 
 def test_without_the_management_library_there_are_no_gpus() -> None:
     assert Gpus("libno-such-library.so.1").read() == []
+
+
+class FakeNvml:
+    """The management library with two devices, the second of which tells almost nothing."""
+
+    NOT_SUPPORTED = 3
+
+    def __init__(self, init: int = 0) -> None:
+        self._init = init
+
+    def nvmlInit_v2(self) -> int:
+        return self._init
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
+        count._obj.value = 2
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, device: Any) -> int:
+        device._obj.value = index + 1
+        return 0
+
+    def nvmlDeviceGetUUID(self, device: Any, uuid: Any, size: Any) -> int:
+        uuid.value = f"GPU-{device.value}".encode()
+        return 0
+
+    def nvmlDeviceGetUtilizationRates(self, device: Any, rates: Any) -> int:
+        if device.value == 2:
+            return self.NOT_SUPPORTED
+        rates._obj.gpu = 42
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, device: Any, memory: Any) -> int:
+        memory._obj.total, memory._obj.used = 80 << 30, device.value << 30
+        return 0
+
+    def _number(self, device: Any, number: Any, value: int) -> int:
+        if device.value == 2:
+            return self.NOT_SUPPORTED
+        number._obj.value = value
+        return 0
+
+    def nvmlDeviceGetPowerUsage(self, device: Any, number: Any) -> int:
+        return self._number(device, number, 250_500)
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, device: Any, number: Any) -> int:
+        return self._number(device, number, 700_000)
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, device: Any, number: Any) -> int:
+        return self._number(device, number, 5_000_000_000_123)
+
+
+def test_gpus_are_read_in_the_units_of_their_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.gpus.ctypes.CDLL", lambda _name: FakeNvml())
+    first, second = Gpus().read()
+    assert first == Gpu("GPU-1", 0.42, 80 << 30, 1 << 30, 250.5, 700.0, 5_000_000_000.123)
+    assert second == Gpu("GPU-2", 0.0, 80 << 30, 2 << 30, 0.0, 0.0, 0.0), "what it does not tell is 0"
+
+
+def test_a_library_without_a_driver_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.gpus.ctypes.CDLL", lambda _name: FakeNvml(init=9))
+    assert Gpus().read() == []
+    assert "NVML is here and cannot be used" in caplog.text
