@@ -11,8 +11,8 @@
 
 namespace tidegate {
 
-// The thread gives way to everything else, for as long as it lives: an unprivileged thread cannot take it back. Loads and
-// warm-ups run like this, each on a thread of its own.
+// The thread gives way to everything else, for as long as it lives: an unprivileged thread cannot take it back. Loads
+// and warm-ups run like this, each on a thread of its own.
 inline void TakeLowestPriority() { setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), 19); }
 
 // How long a thread wants to run at a time. A thread that wakes up takes the core from one that asked for longer slices
