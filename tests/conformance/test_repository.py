@@ -23,6 +23,7 @@ from tests.conformance.harness import (
     index_of,
     infer_request,
     int64_rows,
+    metric,
     refused,
     triton_input,
 )
@@ -31,6 +32,7 @@ from tests.conformance.traffic import Traffic
 EXPLICIT = ("--model-control-mode", "explicit", "--load-model", "*")
 POLL = ("--model-control-mode", "poll", "--repository-poll-secs", "0.1")
 ALL = "version_policy { all {} }"
+SEMANTIC = "parameters { key: 'tidegate_versions' value { string_value: '1.4.0, 1.10.3' } }"
 
 
 def answer(served: Served, model: str, version: str = "") -> tuple[str, int]:
@@ -163,11 +165,7 @@ def test_mode_poll_waits_for_a_copy_that_is_under_way(serve: Any, repository: Pa
         ("version_policy { latest { num_versions: 9 } }", ["1", "1.4.0", "1.10.3", "2"]),
         (ALL, ["1", "1.4.0", "1.10.3", "2"]),
         ("version_policy { specific { versions: [ 1, 2 ] } }", ["1", "2"]),
-        (
-            "version_policy { specific { versions: [ 1 ] } } "
-            "parameters { key: 'tidegate_versions' value { string_value: '1.4.0, 1.10.3' } }",
-            ["1", "1.4.0", "1.10.3"],
-        ),
+        (f"version_policy {{ specific {{ versions: [ 1 ] }} }} {SEMANTIC}", ["1", "1.4.0", "1.10.3"]),
     ],
 )
 def test_the_version_policy_says_what_is_loaded(policies: Served, policy: str, loaded: list[str]) -> None:
@@ -431,11 +429,10 @@ def test_the_start_says_of_each_model_why_it_failed_and_serves_the_others(serve:
     served = serve(root)
     assert answer(served, "good") == ("1", 1)
     index = index_of(served.stub())
-    for failure in FAILURES:
+    for failure, why in FAILURES.items():
         state, reason = index[failure.__name__, "2"]
         assert state == "UNAVAILABLE", failure.__name__
-        # A link that was relative to the folder that a test made it in is a link to nothing now.
-        assert FAILURES[failure] in reason or failure in (linked_file, linked_folder), reason
+        assert why in reason, failure.__name__
         assert_discloses_nothing(reason, str(tmp_path))
 
 
@@ -468,7 +465,7 @@ def test_a_model_is_not_ready_before_its_warm_up_is_over(serve: Any, repository:
         traffic.wait_for_more()
         assert not client.is_model_ready("slow")
         request = infer_request("slow", ("x", "INT64", int64_rows(1)), ("steps", "INT64", int64_rows(1)))
-        refused(Code.UNAVAILABLE, lambda: stub.ModelInfer(request, timeout=PATIENCE_S), "slow", "warming up")
+        refused(Code.UNAVAILABLE, lambda: stub.ModelInfer(request, timeout=PATIENCE_S), "slow", "not ready")
         assert load.is_alive(), "all of that was said while the load went on"
         load.join(PATIENCE_S)
     assert client.is_model_ready("slow")
@@ -506,8 +503,10 @@ def test_ten_swaps_under_load_lose_nothing_and_answers_are_of_the_version_they_n
         traffic.wait_for_more()
     assert set(traffic.answers) == {str(number) for number in range(1, 12)}
     assert set(other.answers) == {"7"}
-    gone = eventually(lambda: served.metrics().get(("tidegate_live_objects", frozenset({("kind", "version")})), 3) == 2, "the old versions are freed")  # fmt: skip
-    assert gone
+    served.triton().unload_model("other")
+    eventually(
+        lambda: metric(served.metrics(), "tidegate_live_objects", kind="version") == 1, "the other versions are freed"
+    )
 
 
 def test_versions_that_come_and_go_under_load_with_semantic_names(serve: Any, repository: Path) -> None:
@@ -560,15 +559,13 @@ def test_memory_goes_back_when_a_large_model_is_unloaded(serve: Any, repository:
     models.put(repository, "heavy", models.heavy(96))
     served = serve(repository, "--model-control-mode", "explicit", "--load-model", "add")
     client = served.triton()
-    for _ in range(2):  # The first load brings code with it that stays.
+    resting = []
+    for _ in range(8):
         client.load_model("heavy")
         loaded = served.rss_bytes()
         client.unload_model("heavy")
         eventually(lambda loaded=loaded: served.rss_bytes() < loaded - 80 * mebibyte, "the weights are given back")
-    before = served.rss_bytes()
-    for _ in range(3):
-        client.load_model("heavy")
-        assert served.rss_bytes() > before + 80 * mebibyte
-        client.unload_model("heavy")
-        eventually(lambda: served.rss_bytes() < before + 16 * mebibyte, "memory is as before")
+        resting.append(served.rss_bytes())
+    # The first loads bring code and caches with them that stay. What is left of later ones is far from their weights.
+    assert max(resting[4:]) < max(resting[:4]) + 24 * mebibyte
     assert answer(served, "add") == ("1", 1)
