@@ -429,15 +429,14 @@ void IoThread::Finalize(Request* request) {
   const int64_t took_ns = now_ns_ - request->times.arrived_ns;
   const Reason reason = request->abandoned != Reason::kOk ? request->abandoned : request->status.reason;
   const RequestTimes& times = request->times;
-  if (times.dispatched_ns != 0) {
+  if (reason == Reason::kOk) {
+    // Times are those of answered requests, in all phases alike: dashboards divide them by the number of successes.
     const int64_t queued_ns = times.dispatched_ns - times.arrived_ns;
+    shard.success.Add(1);
+    shard.success_ns.Add(static_cast<uint64_t>(std::max<int64_t>(took_ns, 0)));
     shard.queue.Add(1);
     shard.queue_ns.Add(static_cast<uint64_t>(std::max<int64_t>(queued_ns, 0)));
     shard.queue_duration.Observe(kDurationBoundsNs, queued_ns);
-  }
-  if (reason == Reason::kOk) {
-    shard.success.Add(1);
-    shard.success_ns.Add(static_cast<uint64_t>(std::max<int64_t>(took_ns, 0)));
     shard.compute_input_ns.Add(static_cast<uint64_t>(times.input_done_ns - times.dispatched_ns));
     shard.compute_infer_ns.Add(static_cast<uint64_t>(times.infer_done_ns - times.input_done_ns));
     shard.compute_output_ns.Add(static_cast<uint64_t>(times.output_done_ns - times.infer_done_ns));

@@ -125,6 +125,40 @@ def int64_rows(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int64).reshape(-1, 1)
 
 
+# -- a model that is busy ----------------------------------------------------------------------------------------------
+
+# Turns of the countdown model that take two seconds: longer than a client needs, also on a busy machine, to send what
+# is to wait behind it.
+A_WHILE = 350_000
+
+
+def countdown_request(model: str, number: int, steps: int, **more: int) -> pb.ModelInferRequest:
+    """A request of onnx_models.countdown with rows; `more` are parameters (priority)."""
+    request = infer_request(model, ("x", "INT64", int64_rows(number)), ("steps", "INT64", int64_rows(steps)))
+    for key, priority in more.items():
+        request.parameters[key].uint64_param = priority
+    return request
+
+
+def occupy(served: Served, model: str, number: int) -> grpc.Future:
+    """A slow request for number, which the model's only instance runs when this returns."""
+    request = countdown_request(model, number, A_WHILE)
+    before = metric(served.metrics(), "tidegate_bytes_received_total")
+    slow: grpc.Future = served.stub().ModelInfer.future(request)
+
+    def has_come() -> bool:
+        return metric(served.metrics(), "tidegate_bytes_received_total") >= before + request.ByteSize()
+
+    eventually(has_come, "the slow request has come")
+    eventually(lambda: waiting(served, model) == 0, "the slow request runs")
+    return slow
+
+
+def waiting(served: Served, model: str) -> float:
+    """Requests in the queue of the model's version 1."""
+    return metric(served.metrics(), "nv_inference_pending_request_count", model=model, version="1")
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 # An absolute path of more than one part. A method's path is the client's own word.

@@ -227,6 +227,8 @@ def test_a_failed_run_counts_as_a_failure_of_its_request_alone(stub: Any) -> Non
     one = statistics(stub, "failing")
     assert (one.inference_stats.success.count, one.inference_stats.fail.count) == (1, 1)
     assert one.inference_stats.fail.ns > 0
+    phases = ("queue", "compute_input", "compute_infer", "compute_output")
+    assert [getattr(one.inference_stats, phase).count for phase in phases] == [1] * 4, "times of answered requests"
 
 
 def test_requests_of_a_stream_are_counted_as_others_are(stub: Any) -> None:

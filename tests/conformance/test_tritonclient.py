@@ -18,16 +18,20 @@ from tritonclient.utils import InferenceServerException
 
 from tests.conformance import onnx_models as models
 from tests.conformance.harness import (
+    A_WHILE,
     PATIENCE_S,
     Code,
     Served,
     array_of,
+    countdown_request,
     eventually,
     infer_request,
     int64_rows,
     metric,
+    occupy,
     refused,
     triton_input,
+    waiting,
 )
 
 # Strict: what waits for as long as here would otherwise have been lifted to the highest level.
@@ -35,10 +39,6 @@ PRIORITIES = (
     "dynamic_batching { priority_levels: 2 default_priority_level: 2 } "
     "parameters { key: 'tidegate_priority_aging_us' value { string_value: '0' } }"
 )
-
-# Turns of the countdown model that take two seconds: longer than a client needs, also on a busy machine, to send what
-# is to wait behind it.
-A_WHILE = 350_000
 
 
 @pytest.fixture(scope="module")
@@ -332,31 +332,6 @@ def test_a_timeout_parameter_ends_what_waits_too_long_without_running_it(served:
     assert metric(metrics, "nv_inference_count", **labels) == 1
     assert metric(metrics, "nv_inference_request_failure", **labels, reason="REJECTED") == 1
     assert metric(metrics, "tidegate_shed_total", model="timed_out", reason="DEADLINE_PASSED") == 1
-
-
-def countdown_request(model: str, number: int, steps: int, **more: Any) -> Any:
-    request = infer_request(model, ("x", "INT64", int64_rows(number)), ("steps", "INT64", int64_rows(steps)))
-    for key, priority in more.items():
-        request.parameters[key].uint64_param = priority
-    return request
-
-
-def occupy(served: Served, model: str, number: int) -> grpc.Future:
-    """A slow request for number, which the model's only instance runs when this returns."""
-    request = countdown_request(model, number, A_WHILE)
-    before = metric(served.metrics(), "tidegate_bytes_received_total")
-    slow: grpc.Future = served.stub().ModelInfer.future(request)
-
-    def has_come() -> bool:
-        return metric(served.metrics(), "tidegate_bytes_received_total") >= before + request.ByteSize()
-
-    eventually(has_come, "the slow request has come")
-    eventually(lambda: waiting(served, model) == 0, "the slow request runs")
-    return slow
-
-
-def waiting(served: Served, model: str) -> float:
-    return metric(served.metrics(), "nv_inference_pending_request_count", model=model, version="1")
 
 
 def test_higher_priorities_are_served_first(served: Served) -> None:
